@@ -1,0 +1,245 @@
+"""train.py: what a run promises, to the bit where it promises that."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import data
+import lora
+import train
+from conftest import ROOT, TINY, random_gpt
+from model import GPT, read
+
+SMALL = "--data instruct facts --batch_size 8 --eval_rows 4 --rank 2 --device cpu".split()
+HARD = [*SMALL, "--steps", "8", "--dropout", "0.3", "--grad_accum", "2", "--eval_every", "1", "--warmup", "0.5"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def tensors(path):
+    held = read(path)
+    return held["adapter"]["tensors"] if "adapter" in held else held["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def losses(path):
+    return [line["loss"] for line in map(json.loads, open(path)) if "loss" in line]
+
+
+# one run
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run(method, capsys):
+    flags = [f for f in SMALL if f not in ("--rank", "2")] if method == "full" else SMALL
+    after = train.main([*flags, "--method", method, "--steps", "30", "--eval_every", "10"])
+    held, out = read(f"out/{method}.pt"), capsys.readouterr().out
+    assert held["step"] == 30 and held["after"] == after and "optimizer" not in held
+    for task in ("instruct", "facts"):
+        assert after[task]["loss"] < held["before"][task]["loss"] and 0 <= after[task]["exact"] <= 1
+        assert f"{after[task]['loss']:9.3f}" in out
+    lines = [json.loads(line) for line in open(f"out/{method}.jsonl")]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 31))
+    assert [line["step"] for line in lines if "held_out" in line] == [10, 20] and lines[-1]["after"] == after
+    assert all(len(line) <= 79 for line in out.splitlines() if not line.startswith(("data ", "  ")))
+    base = GPT.from_pretrained("nano")
+    assert held["base"] == lora.fingerprint(base)
+    if method == "lora":
+        assert set(tensors("out/lora.pt")) == {f"{n}.{m}" for n in lora.adapters(lora.inject(base, rank=1)) for m in "AB"}
+        assert os.path.getsize("out/lora.pt") < 0.15 * os.path.getsize(ROOT / "pretrained" / "nano.pt")
+    else:  # the checkpoint is a model like any other
+        assert all(torch.equal(v, held["model"][k]) for k, v in GPT.from_pretrained("out/full.pt").state_dict().items())
+    # a second run takes the next name, and never the first one's
+    train.main([*flags, "--method", method, "--steps", "1"])
+    assert os.path.exists(f"out/{method}-2.pt") and read(f"out/{method}.pt")["step"] == 30
+    assert train.main(["--eval", f"out/{method}.pt"]) == after
+    train.main(["--eval", f"out/{method}.pt", "--prompt", "copy abc", "shout a"])
+    assert capsys.readouterr().out.count("-> ") >= 2
+
+
+def test_the_first_loss_is_the_one_of_the_base():
+    train.main([*SMALL, "--steps", "1"])
+    model, tok = GPT.from_pretrained("nano"), data.tokenizer(257)
+    row = data.stream(data.load(["instruct", "facts"], tok, 512, 4), seed=0)
+    want = model(*data.collate([row(i) for i in range(8)]))[1].item()
+    assert abs(losses("out/lora.jsonl")[0] - want) < 1e-5 * want
+
+
+def test_pretraining_from_scratch_in_half_precision():
+    train.main("--method full --scratch --n_layer 1 --n_embd 16 --n_head 2 --block_size 48 --data add --steps 2 --half "
+               "--batch_size 4 --eval_rows 2 --out small.pt --device cpu".split())
+    assert {v.dtype for v in read("small.pt")["model"].values()} == {torch.float16}
+    model = GPT.from_pretrained("small.pt")
+    assert (model.config.n_layer, model.config.n_embd, model.config.block_size) == (1, 16, 48)
+    train.main([*SMALL, "--model", "small.pt", "--steps", "1"])
+
+
+def test_bf16_keeps_adapters_in_float32():
+    train.main([*SMALL, "--steps", "3", "--dtype", "bf16"])
+    assert {v.dtype for v in tensors("out/lora.pt").values()} == {torch.float32}
+    assert lora.load(GPT.from_pretrained("nano"), "out/lora.pt")        # the base is known in float32 too
+
+
+def test_parts_do_not_change_the_step():
+    train.main([*SMALL, "--steps", "3", "--out", "one.pt"])
+    train.main([*SMALL, "--steps", "3", "--grad_accum", "4", "--out", "four.pt"])
+    for a, b in zip(losses("one.jsonl"), losses("four.jsonl")):
+        assert abs(a - b) < 1e-5 * a        # float32; the rows' completions differ in length, so a mean of means would not pass
+
+
+def test_learning_rate():
+    args = train.parse("--steps 100 --lr 1 --warmup 0.1".split())[0]
+    lr = [train.learning_rate(i, args) for i in range(100)]
+    assert lr[0] == pytest.approx(1 / 11) and max(lr) == lr[10] == 1 and lr[55] == pytest.approx(0.5) and lr[99] == pytest.approx(1 / 90)
+    assert min(b - a for a, b in zip(lr, lr[1:11])) > 0 > max(b - a for a, b in zip(lr[10:], lr[11:]))
+
+
+def test_evaluate_counts_tokens_and_exact_matches(monkeypatch):
+    model, tok = random_gpt(TINY, dtype=torch.float32), data.tokenizer(257)
+    rows = [data.encode(tok, p, c) for p, c in [("ab", "c"), ("abc", "defgh"), ("b", "xy"), ("q" * 40, "r" * 20)]]
+    right = model.generate([rows[1].ids[:4]], 3)[0]
+    rows.append(data.Row(rows[1].ids[:4] + right + [tok.eot_token], 4))
+    with_stop = model.generate  # let it stop after those three
+    monkeypatch.setattr(model, "generate", lambda prompts, n, stop: [
+        right if p == rows[4].ids[:4] else r for p, r in zip(prompts, with_stop(prompts, n, stop=stop))])
+    args = train.parse(["--batch_size", "3", "--dtype", "fp32"])[0]
+    got = train.evaluate(model, [data.Task("t", [], rows)], tok, args, torch.device("cpu"), generate=True)["t"]
+    each = [model(*data.collate([r]))[1].item() * (len(r.ids) - r.given) for r in rows]
+    assert got["loss"] == pytest.approx(sum(each) / sum(len(r.ids) - r.given for r in rows), rel=1e-5)
+    assert got["exact"] == 1 / 5
+
+
+# stopping and going on
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "a.pt"
+    train.main([*HARD, "--out", str(out)])
+    return out
+
+
+def test_stop_and_resume_is_the_same_run_to_the_bit(whole, monkeypatch, capsys):
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupt(self, *a):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)                         # Ctrl-C in the middle of step 3
+        return step(self, *a)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
+    assert train.main([*HARD, "--eval_every", "100", "--out", "a.pt"]) is None
+    assert "to go on: python train.py --resume a.pt" in capsys.readouterr().out
+    assert read("a.pt")["step"] in (3, 4)
+    train.main(["--resume", "a.pt"])
+    assert same(tensors("a.pt"), tensors(whole))
+    assert losses("a.jsonl") == losses(whole.with_suffix(".jsonl"))
+
+
+@pytest.mark.parametrize("after", [0.0, 0.15])
+def test_kill_and_resume_is_the_same_run_to_the_bit(whole, after):
+    run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *HARD, "--out", "a.pt"], stdout=subprocess.DEVNULL)
+    while not os.path.exists("a.jsonl") or len(losses("a.jsonl")) < 2:
+        assert run.poll() is None
+        time.sleep(0.002)
+    time.sleep(after)
+    run.kill()
+    run.wait()
+    assert read("a.pt")["step"] < 8 or "after" in read("a.pt")
+    if "after" not in read("a.pt"):
+        train.main(["--resume", "a.pt"])
+    assert same(tensors("a.pt"), tensors(whole))
+    assert losses("a.jsonl") == losses(whole.with_suffix(".jsonl"))
+
+
+def test_full_fine_tuning_resumes_too(monkeypatch):
+    flags = "--method full --data facts --batch_size 4 --eval_rows 2 --steps 4 --eval_every 2 --device cpu".split()
+    train.main([*flags, "--out", "whole.pt"])
+    write = lora.write
+    with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+        m.setattr(lora, "write", lambda obj, path: write(obj, path) if obj["step"] < 4 else 1 / 0)
+        train.main([*flags, "--out", "a.pt"])
+    train.main(["--resume", "a.pt"])
+    assert same(tensors("a.pt"), tensors("whole.pt"))
+
+
+def test_two_processes_are_one(tmp_path):
+    flags = [*SMALL, "--steps", "4", "--grad_accum", "2"]
+    train.main([*flags, "--out", "one.pt"])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone",
+                    str(ROOT / "train.py"), *flags, "--out", "two.pt"], check=True)
+    for a, b in zip(losses("one.jsonl"), losses("two.jsonl"), strict=True):
+        assert abs(a - b) < 1e-5 * a
+    one, two = tensors("one.pt"), tensors("two.pt")
+    assert max((one[k] - two[k]).abs().max() for k in one) < 1e-4
+
+
+# errors
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint():
+    with pytest.raises(SystemExit, match=r"step \d+: the loss is .* not finite, so the run stops.\nTry a lower --lr than 1e\+30"):
+        train.main([*SMALL, "--lr", "1e30", "--steps", "5", "--eval_every", "1", "--warmup", "0"])
+    assert all(t.isfinite().all() for t in tensors("out/lora.pt").values())
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--targets qkv", "--targets qkv: no such layer; choose from q k v o up down, or all"),
+    ("--rank 200", "h.0.attn.q: rank 200 for a (128, 128) matrix: choose a whole number from 1 to 128"),
+    ("--data nothing", "--data nothing: no such .jsonl or .txt file, folder or built-in task"),
+    ("--model gpt5", "gpt5: no such file, and no preset either"),
+    ("--batch_size 10 --grad_accum 3", "--batch_size 10 is not a multiple of 3 parts"),
+    ("--block_size 1000", "--block_size 1000: the model has positions for 512"),
+    ("--resume none.pt", "none.pt: no such file"),
+    ("--device tpu7", "--device tpu7:"),
+    ("--method full --scratch --model gpt5", "--scratch --model gpt5: no such preset; choose from nano"),
+    # these come from argparse
+    ("--method full --rank 3", "--method full trains all weights and has no --rank"),
+    ("--resume a.pt --lr 1", "--resume takes its settings from the checkpoint: leave out --lr"),
+    ("--eval a.pt --rank 1", "--eval takes its settings from the checkpoint: leave out --rank"),
+    ("--prompt hello", "--prompt goes with --eval"),
+    ("--scratch", "--scratch goes with --method full"),
+    ("--n_layer 2", "--n_layer and --n_embd go with --scratch"),
+    ("--rank 0", "--rank: 0 is not between 1 and inf"),
+    ("--steps 5 --epochs 1", "not allowed with argument"),
+    ("--ran 5", "unrecognized arguments: --ran"),
+])
+def test_errors_say_what_would_be_right(flags, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        train.main(flags.split())
+    assert message in f"{e.value} {capsys.readouterr().err}" and e.value.code != 0
+    assert not os.path.exists("out")
+
+
+def test_no_run_is_overwritten_or_resumed_by_mistake():
+    train.main([*SMALL, "--steps", "1", "--out", "a.pt"])
+    with pytest.raises(SystemExit, match="--out a.pt is there already"):
+        train.main([*SMALL, "--steps", "1", "--out", "a.pt"])
+    with pytest.raises(SystemExit, match="this run has ended after its 1 steps"):
+        train.main(["--resume", "a.pt"])
+    with pytest.raises(SystemExit, match="nano.pt: not a checkpoint of train.py|this run has ended"):
+        train.main(["--resume", str(ROOT / "pretrained" / "nano.pt")])
+
+
+def test_data_that_changed_since(tmp_path):
+    rows = [json.dumps({"prompt": str(i), "completion": "c"}) + "\n" for i in range(20)]
+    (tmp_path / "d.jsonl").write_text("".join(rows))
+    flags = "--data d.jsonl --steps 2 --batch_size 2 --device cpu --out a.pt".split()
+    train.main(flags)
+    held = read("a.pt")
+    held["optimizer"] = held.pop("after")
+    torch.save(held, "a.pt")
+    (tmp_path / "d.jsonl").write_text("".join(rows[:15]))
+    with pytest.raises(SystemExit, match="a.pt: the data has changed since"):
+        train.main(["--resume", "a.pt"])

@@ -1,0 +1,523 @@
+"""
+Adapt a GPT-2 to tasks, by full fine-tuning or through an adapter.
+
+    python train.py                              # LoRA, offline, on a laptop
+    python train.py --method full
+    python train.py --model gpt2-medium --data data/e2e data/gsm8k
+    torchrun --nproc_per_node 8 train.py --model gpt2-medium --data data/e2e
+    python train.py --resume out/lora.pt         # go on with a stopped run
+    python train.py --eval out/lora.pt --prompt "shout hello"
+
+All that is random in step i is a function of the seed and i alone, so a run
+that is stopped, even killed, and resumed ends with the same weights to the bit.
+"""
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import data
+import lora
+from model import GPT, PRESETS, read
+
+# method: (the layer it puts in, None for full; learning rate up to width 256; above)
+METHODS = {
+    "full": (None, 1e-3, 5e-5),
+    "lora": (lora.LoRALinear, 1e-2, 5e-4),
+}
+
+
+def parse(argv=None):
+    """(settings, names of those that were given on the command line)."""
+    def number(kind, low, high=math.inf):
+        def check(text):
+            x = kind(text)
+            if not low <= x <= high:
+                raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+            return x
+        check.__name__ = kind.__name__
+        return check
+
+    rates = "; ".join(f"{method} {small:g}, {large:g}" for method, (_, small, large) in METHODS.items())
+    p = argparse.ArgumentParser(description=__doc__, usage="python train.py [options]", allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument_group("method").add_argument
+    add("--method", default="lora", choices=METHODS, help="train all weights, or an adapter (default %(default)s)")
+    add("--targets", default=["all"], nargs="+", help="layers that get one: q k v o up down, or all (default)")
+    add("--rank", default=16, type=number(int, 1), help="r, the rank of ΔW (default %(default)s)")
+    add("--alpha", default=16.0, type=float, help="α: ΔW is scaled by α/r (default %(default)s)")
+    add("--rslora", action="store_true", help="scale by α/√r instead")
+    add("--dropout", default=0.0, type=number(float, 0, 0.999), help="on the adapters' input (default %(default)s)")
+
+    add = p.add_argument_group("model").add_argument
+    add("--model", default="nano", help=f"{' '.join(PRESETS)}, or a file (default %(default)s)")
+    add("--n_head", type=number(int, 1), help="heads, where a file does not say and they are not 64 wide")
+    add("--scratch", action="store_true", help="pretrain: random weights of that shape (with --method full)")
+    add("--n_layer", type=number(int, 1), help="with --scratch: another depth")
+    add("--n_embd", type=number(int, 1), help="with --scratch: another width")
+    add("--block_size", type=number(int, 1), help="longest row in tokens (default: the model's)")
+    add("--grad_checkpoint", action="store_true", help="recompute activations: less memory, more time")
+
+    add = p.add_argument_group("data").add_argument
+    add("--data", default=["mixture"], nargs="+", metavar="TASK",
+        help="any of: mixture (default, five built-in tasks), skills (what nano knows), one of either by name, a .jsonl "
+             "file, a folder with train.jsonl and valid.jsonl or test.jsonl, text (.txt .txt.xz)")
+    add("--mix", default="equal", choices=["equal", "proportional"], help="tasks' shares of a batch (default %(default)s)")
+    add("--eval_rows", default=200, type=number(int, 1), help="held-out rows of each task (default %(default)s)")
+
+    g = p.add_argument_group("optimisation")
+    add, length = g.add_argument, g.add_mutually_exclusive_group().add_argument
+    length("--steps", default=600, type=number(int, 1), help="(default %(default)s)")
+    length("--epochs", type=number(float, 0), help="instead of steps: how many times as many rows as there are")
+    add("--batch_size", default=64, type=number(int, 1), help="rows of a step, over all processes (default %(default)s)")
+    add("--grad_accum", default=1, type=number(int, 1), help="do a step's rows in so many parts: the same, in less memory")
+    add("--lr", type=number(float, 0), help=f"peak learning rate (default up to width 256, and above: {rates})")
+    add("--warmup", default=0.05, type=number(float, 0, 1), help="share of steps up to the peak (default %(default)s)")
+    add("--weight_decay", default=0.01, type=number(float, 0), help="AdamW's, on matrices (default %(default)s)")
+    add("--beta2", default=0.999, type=number(float, 0, 1), help="AdamW's (default %(default)s)")
+    add("--clip", default=1.0, type=number(float, 0), help="largest gradient norm, 0 for any (default %(default)s)")
+    add("--label_smoothing", default=0.0, type=number(float, 0, 1), help="(default %(default)s)")
+    add("--seed", default=0, type=number(int, 0), help="of the start, the rows' order and dropout (default %(default)s)")
+
+    add = p.add_argument_group("running").add_argument
+    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    add("--dtype", choices=["fp32", "bf16"], help="default: bf16 on a GPU that has it; adapters are fp32 in any case")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--out", help="the checkpoint's file (default out/METHOD.pt, or the next free name)")
+    add("--half", action="store_true", help="write the finished model of --method full in half precision")
+    add("--eval_every", default=200, type=number(int, 1),
+        help="steps between held-out losses, each with a checkpoint (default %(default)s)")
+    add("--resume", metavar="CKPT", help="go on with a run that was stopped, with its settings")
+    add("--eval", metavar="CKPT", help="no training: measure a checkpoint on its tasks, or on --data")
+    add("--prompt", metavar="TEXT", nargs="+", help="with --eval: complete these instead")
+
+    args = p.parse_args(argv)
+    given = {a.dest for a in p._actions for s in a.option_strings
+             if any(t == s or t.startswith(s + "=") for t in (sys.argv[1:] if argv is None else argv))}
+    for flag, only in (("resume", {"device", "compile"}),
+                       ("eval", {"device", "dtype", "data", "eval_rows", "batch_size", "prompt"})):
+        extra = given - only - {flag}
+        if getattr(args, flag) and extra:
+            p.error(f"--{flag} takes its settings from the checkpoint: leave out --{' --'.join(sorted(extra))}")
+    if args.method == "full":
+        extra = given & {"targets", "rank", "alpha", "rslora", "dropout"}
+        if extra:
+            p.error(f"--method full trains all weights and has no --{' --'.join(sorted(extra))}")
+    elif args.scratch or args.half:
+        p.error(f"--{'scratch' if args.scratch else 'half'} goes with --method full")
+    if not args.scratch and given & {"n_layer", "n_embd"}:
+        p.error("--n_layer and --n_embd go with --scratch")
+    if args.prompt and not args.eval:
+        p.error("--prompt goes with --eval")
+    return args, given
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From settings to a model on a device
+
+def processes(args):
+    """(rank, number of processes, device): one process, or those that torchrun started. Settles args.dtype."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    name = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(f"cuda:{local}" if name == "cuda" and world > 1 else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if args.dtype is None:
+        args.dtype = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")      # fp32 products as tf32
+    return int(os.environ.get("RANK", 0)), world, device
+
+
+def base_model(args):
+    """The model that training starts from, in float32 on the CPU. Settles args.block_size."""
+    if args.scratch:
+        if args.model not in PRESETS:
+            raise ValueError(f"--scratch --model {args.model}: no such preset; choose from {' '.join(PRESETS)}")
+        sizes = {k: getattr(args, k) for k in ("n_layer", "n_head", "n_embd", "block_size") if getattr(args, k)}
+        torch.manual_seed(args.seed)
+        model = GPT(replace(PRESETS[args.model], **sizes))
+    else:
+        model = GPT.from_pretrained(args.model, args.n_head)
+    args.block_size = args.block_size or model.config.block_size
+    if args.block_size > model.config.block_size:
+        raise ValueError(f"--block_size {args.block_size}: the model has positions for {model.config.block_size}")
+    model.config.grad_checkpoint = args.grad_checkpoint
+    return model
+
+
+def adapt(model, args, device, held=None):
+    """Move the model to its device and put the method's layers in, or those that a checkpoint holds."""
+    layer = METHODS[args.method][0]
+    if layer is None:
+        if held:
+            model.load_state_dict(held["model"])
+        return model.to(device)
+    model.to(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)  # W is not trained, so it may be bf16
+    if held:
+        return lora.load(model, held["adapter"])
+    torch.manual_seed(args.seed)
+    settings = {"alpha": args.alpha, "dropout": args.dropout, "rslora": args.rslora}
+    return lora.inject(model, args.targets, args.rank, layer, **settings)
+
+
+def autocast(args, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+def batches(rows, size, block_size):
+    """Rows of similar length together, such that the longest prompt leaves room for the longest completion."""
+    batch, given, rest = [], 0, 0
+    for r in sorted(rows, key=lambda r: len(r.ids)):
+        given, rest = max(given, r.given), max(rest, len(r.ids) - r.given)
+        if batch and (len(batch) == size or given + rest > block_size + 1):
+            yield batch
+            batch, given, rest = [], r.given, len(r.ids) - r.given
+        batch.append(r)
+    yield batch
+
+
+@torch.no_grad()
+def evaluate(model, tasks, tok, args, device, generate=False):
+    """
+    {task: {"loss": nats a token of the completions, "exact": share of rows whose greedy completion is the row's}}
+    on the held-out rows; "exact" only if asked for, and never for text.
+    """
+    was_training, results = model.training, {}
+    model.eval()
+    for task in tasks:
+        total = count = right = 0
+        for rows in batches(task.valid, args.batch_size, model.config.block_size):
+            idx, targets = data.collate(rows, device)
+            n = sum(len(r.ids) - r.given for r in rows)
+            with autocast(args, device):
+                total, count = total + model(idx, targets)[1].item() * n, count + n
+                if generate and not task.text:
+                    longest = max(len(r.ids) - r.given for r in rows)
+                    new = model.generate([r.ids[:r.given] for r in rows], longest, stop=tok.eot_token)
+                    right += sum(ids == r.ids[r.given:-1] for ids, r in zip(new, rows))
+        results[task.name] = {"loss": total / count}
+        if generate and not task.text:
+            results[task.name]["exact"] = right / len(task.valid)
+    model.train(was_training)
+    return results
+
+
+def table(tasks, before, after):
+    """The results as lines of at most 79 columns, with a mean where there are several tasks."""
+    def cell(result, key):
+        return f"{result[key]:9.3f}" if key in result else "        -"
+
+    def mean(results):
+        return {k: sum(r[k] for r in results.values()) / len(results) for k in ("loss", "exact")
+                if all(k in r for r in results.values())}
+
+    rows = [(t.name[-28:], len(t.valid), before[t.name], after[t.name]) for t in tasks]
+    if len(tasks) > 1:
+        rows.append(("mean", sum(len(t.valid) for t in tasks), mean(before), mean(after)))
+    lines = [f"{'':28} {'held-out':>8} {'loss':>9} {'':>9}{'exact match':>14}",
+             f"{'task':28} {'rows':>8} {'before':>9} {'after':>9}  {'before':>9} {'after':>9}"]
+    for name, n, b, a in rows:
+        lines.append(f"{name:28} {n:8,} {cell(b, 'loss')} {cell(a, 'loss')}  {cell(b, 'exact')} {cell(a, 'exact')}")
+    return "\n".join(lines)
+
+
+def complete(model, prompts, tok, args, device):
+    """Two lines for each prompt (a list of ids): its text, and what the model makes of it, greedily."""
+    lines = []
+    for ids in prompts:
+        with autocast(args, device):
+            new, = model.generate([ids], min(100, model.config.block_size + 1 - len(ids)), stop=tok.eot_token)
+        lines += [f"  {tok.decode([i for i in ids if i != tok.eot_token])}", f"    -> {tok.decode(new)}"]
+    return lines
+
+
+def first_rows(tasks, n):
+    """Prompts of the first n held-out rows of every task; of text, the first 32 tokens."""
+    return [list(r.ids[:32 if t.text else r.given]) for t in tasks for r in t.valid[:n]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+class Run:
+    """One training run: the model, its tasks and its optimizer, new or from the checkpoint `held`."""
+
+    def __init__(self, args, held=None):
+        self.args = args
+        self.rank, self.world, self.device = processes(args)
+        if args.batch_size % (args.grad_accum * self.world):
+            raise ValueError(f"--batch_size {args.batch_size} is not a multiple of {args.grad_accum} parts "
+                             f"(--grad_accum) times {self.world} processes")
+        model = base_model(args)
+        self.tok = data.tokenizer(model.config.vocab_size)
+        self.tasks = data.load(args.data, self.tok, args.block_size, args.eval_rows)
+        self.rows = {t.name: [len(t.train), len(t.valid)] for t in self.tasks}
+        if held and held["rows"] != self.rows:
+            raise ValueError(f"{args.out}: the data has changed since: rows (train, held out) were {held['rows']}, "
+                             f"now {self.rows}")
+        if args.epochs is not None:
+            args.steps = max(1, math.ceil(args.epochs * sum(n for n, _ in self.rows.values()) / args.batch_size))
+        if args.lr is None:
+            args.lr = METHODS[args.method][1 if model.config.n_embd <= 256 else 2]
+        self.size = sum(p.numel() for p in model.parameters())
+        self.base = held["base"] if held else lora.fingerprint(model)
+        self.model = adapt(model, args, self.device, held)
+
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in self.trained if p.ndim > 1], "weight_decay": args.weight_decay},
+                  {"params": [p for p in self.trained if p.ndim <= 1], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=(0.9, args.beta2),
+                                           fused=True)
+        self.start, self.before = 0, None
+        if held:
+            self.optimizer.load_state_dict(held["optimizer"])
+            self.start, self.before = held["step"], held["before"]
+        self.net = torch.nn.parallel.DistributedDataParallel(self.model) if self.world > 1 else self.model
+        if args.compile:
+            self.net = torch.compile(self.net)
+        self.row = data.stream(self.tasks, args.seed, args.mix)
+
+        if held is None and args.out is None:
+            names = (f"out/{args.method}{f'-{i}' * (i > 1)}.pt" for i in itertools.count(1))
+            args.out = next(name for name in names if not Path(name).exists())
+        elif held is None and Path(args.out).exists():
+            raise ValueError(f"--out {args.out} is there already: --resume it, delete it, or choose another name")
+        self.log_path = Path(args.out).with_suffix(".jsonl")
+
+    def say(self, *lines, **options):
+        if self.rank == 0:
+            print(*lines, **options, flush=True)
+
+    def describe(self):
+        a, n, rows = self.args, sum(p.numel() for p in self.trained), sum(n for n, _ in self.rows.values())
+        self.say(f"model    {a.model}{' from scratch' * a.scratch}, {self.size / 1e6:.2f} M parameters, "
+                 f"rows of up to {a.block_size} {self.tok.name} tokens")
+        adapter = f": rank {a.rank}, alpha {a.alpha:g}{', rslora' * a.rslora}, on {' '.join(a.targets)}"
+        self.say(f"method   {a.method}{adapter * (a.method != 'full')}")
+        self.say(f"trains   {n:,} parameters, {100 * n / self.size:.2f} % of the model")
+        self.say(f"device   {self.device}{f', {self.world} processes' * (self.world > 1)}, {a.dtype}"
+                 f"{', compiled' * a.compile}")
+        self.say(f"data     {len(self.tasks)} task{'s' * (len(self.tasks) > 1)}, {rows:,} rows, {a.mix} shares")
+        for t in self.tasks:
+            self.say(f"         {t.name}: {len(t.train):,} rows{'; ' * bool(t.note)}{t.note}")
+        self.say(f"run      {a.steps} steps of {a.batch_size} rows, learning rate {a.lr:g}, to {a.out}\n")
+
+    def save(self, step, after=None):
+        """
+        The checkpoint, from process 0. Before the end it holds all that resuming needs, at the end the results
+        instead of the optimizer. Of an adapter run it holds no weight of the base.
+        """
+        if self.rank:
+            return
+        if self.args.method == "full":
+            weights = self.model.state_dict()
+            if after is not None and self.args.half:
+                weights = {k: v.half() for k, v in weights.items()}
+            held = {"config": asdict(self.model.config), "model": weights}
+        else:
+            held = {"adapter": lora.state(self.model)}
+        held |= {"args": vars(self.args), "step": step, "base": self.base, "rows": self.rows, "before": self.before}
+        held |= {"optimizer": self.optimizer.state_dict()} if after is None else {"after": after}
+        lora.write(held, self.args.out)
+
+    def evaluate(self, generate=False):
+        if self.rank:
+            return {}
+        return evaluate(self.model, self.tasks, self.tok, self.args, self.device, generate)
+
+    def update(self, step, stop):
+        """
+        One optimizer step. Returns the loss, the gradient's norm and whether any process was asked to stop.
+        Exits, before the weights are touched, where loss or norm is not finite.
+        """
+        a = self.args
+        torch.manual_seed(random.Random(f"{a.seed} {step} {self.rank}").getrandbits(60))    # dropout's
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, a)
+        batch = [self.row(step * a.batch_size + i) for i in range(a.batch_size)]
+        self.seen += sum(len(r.ids) - 1 for r in batch)
+        counted = sum(len(r.ids) - r.given for r in batch)
+        mine, part = batch[self.rank::self.world], a.batch_size // (a.grad_accum * self.world)
+        total = torch.tensor([0.0, stop], device=self.device)               # loss, processes that were asked to stop
+        for i in range(0, len(mine), part):
+            rows = mine[i:i + part]
+            idx, targets = data.collate(rows, self.device)
+            # so that the sum over parts and processes is the mean over all the step's tokens
+            share = sum(len(r.ids) - r.given for r in rows) / counted
+            last = i + part == len(mine)
+            with contextlib.nullcontext() if last or self.world == 1 else self.net.no_sync():
+                with autocast(a, self.device):
+                    loss = self.net(idx, targets, a.label_smoothing)[1] * share
+                (loss * self.world).backward()                              # DDP takes the mean over the processes
+            total[0] += loss.detach()
+        if self.world > 1:
+            dist.all_reduce(total)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, a.clip or math.inf)
+        loss, stop, norm = torch.cat([total, norm.view(1)]).tolist()
+        if not math.isfinite(loss + norm):
+            sys.exit(f"\ntrain.py: step {step + 1}: the loss is {loss} and the norm of its gradient {norm}: not finite, "
+                     f"so the run stops.\nTry a lower --lr than {a.lr:g}, or more --warmup. "
+                     f"The last good checkpoint is {a.out}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, norm, bool(stop)
+
+    def fit(self):
+        """Train to the end, with a log, a live line and checkpoints. Returns the results, or None if asked to stop."""
+        a, lines = self.args, []
+        if self.before is None:
+            self.say("measuring the held-out rows before training ...")
+            self.before = self.evaluate(generate=True)
+            Path(a.out).parent.mkdir(parents=True, exist_ok=True)
+            self.save(0)        # at once, so that a place that cannot be written to is found before the work, not after
+        else:
+            self.say(f"resumed after step {self.start}")
+            if self.log_path.exists():  # without what a killed run did after its last checkpoint, which is done again
+                lines = [t for t in self.log_path.read_text().splitlines() if json.loads(t)["step"] <= self.start]
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(open(self.log_path if self.rank == 0 else os.devnull, "w"))
+
+            def note(**entry):
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+
+            log.writelines(t + "\n" for t in lines)
+            asked = stack.enter_context(stop_signals())
+            began, self.seen, live = time.time(), 0, sys.stdout.isatty()
+            self.model.train()
+            for step in range(self.start, a.steps):
+                loss, norm, stop = self.update(step, bool(asked))
+                done, took = step + 1, time.time() - began
+                left = round(took / (done - self.start) * (a.steps - done))
+                note(step=done, loss=loss, norm=norm, lr=learning_rate(step, a), tokens_per_s=self.seen / took)
+                head = f"step {done:>{len(str(a.steps))}}/{a.steps}"
+                text = f"{head}  loss {loss:7.4f}  {self.seen / took:9,.0f} tokens/s  {left // 60:3}:{left % 60:02} left"
+                if live:
+                    self.say(f"\r{text:<79}", end="")
+                elif done % max(1, min(100, a.steps // 10)) == 0:
+                    self.say(text)
+                if done % a.eval_every == 0 and done < a.steps:
+                    held_out = {name: r["loss"] for name, r in self.evaluate().items()}
+                    note(step=done, held_out=held_out)
+                    text = f"{head}  held-out loss {sum(held_out.values()) / max(1, len(held_out)):.4f}"
+                    self.say(f"\r{text:<79}" if live else text)
+                if done < a.steps and (stop or done % a.eval_every == 0):
+                    self.save(done)
+                if done < a.steps and stop:
+                    self.say(f"\nstopped after step {done}; to go on: python train.py --resume {a.out}")
+                    return None
+            after = self.evaluate(generate=True)
+            self.save(a.steps, after)
+            shown = []
+            if self.rank == 0:
+                prompts = first_rows(self.tasks, 1 if len(self.tasks) > 2 else 3)
+                shown = complete(self.model, prompts, self.tok, a, self.device)
+            note(step=a.steps, seconds=time.time() - began, before=self.before, after=after, samples=shown)
+        if self.rank == 0:
+            self.say("\n\n" + table(self.tasks, self.before, after) + "\n\n" + "\n".join(shown) + "\n")
+            size = f"{Path(a.out).stat().st_size / 1e6:.2f} MB{', the adapter alone' * (a.method != 'full')}"
+            self.say(f"saved    {a.out}, {size}; log {self.log_path}")
+            self.say(f'next     python train.py --eval {a.out} --prompt "..."')
+        return after
+
+
+def learning_rate(step, args):
+    """Linear up to args.lr over the warm-up, then linear down to 0 after the last step."""
+    warm = args.warmup * args.steps
+    return args.lr * min((step + 1) / (warm + 1), (args.steps - step) / max(args.steps - warm, 1))
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that Ctrl-C and SIGTERM fill, so that the step under way can end; a second Ctrl-C stops at once."""
+    asked = []
+
+    def ask(signum, frame):
+        asked.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def started(path, args, given):
+    """A checkpoint of train.py and its settings, with those that this command line gives anew."""
+    held = read(path)
+    if "args" not in held:
+        raise ValueError(f"{path}: not a checkpoint of train.py")
+    return held, argparse.Namespace(**held["args"] | {k: getattr(args, k) for k in given} | {"resume": None})
+
+
+def evaluation(held, args):
+    """--eval: results of a checkpoint beside its base's, or completions of --prompt."""
+    _, _, device = processes(args)
+    base = None if args.scratch else base_model(args)
+    if args.method == "full":
+        model = GPT.from_pretrained(args.eval).to(device)
+    else:
+        model, base = adapt(base, args, device, held), None
+    tok = data.tokenizer(model.config.vocab_size)
+    if args.prompt:
+        print("\n".join(complete(model, [data.encode(tok, t, "").ids[:-1] for t in args.prompt], tok, args, device)))
+        return None
+    tasks = data.load(args.data, tok, args.block_size, args.eval_rows)
+    after = evaluate(model, tasks, tok, args, device, generate=True)
+    if base is not None:
+        before = evaluate(base.to(device), tasks, tok, args, device, generate=True)
+    elif args.method != "full":
+        with lora.disabled(model):
+            before = evaluate(model, tasks, tok, args, device, generate=True)
+    else:
+        before = {t.name: {} for t in tasks}
+    print(table(tasks, before, after), "", *complete(model, first_rows(tasks, 1), tok, args, device), sep="\n")
+    return after
+
+
+def main(argv=None):
+    args, given = parse(argv)
+    held = None
+    try:
+        if args.eval:
+            return evaluation(*started(args.eval, args, given))
+        if args.resume:
+            out = args.resume
+            held, args = started(out, args, given)
+            args.out = out
+            if "optimizer" not in held:
+                raise ValueError(f"{out}: this run has ended after its {held['step']} steps; start a new one, "
+                                 "with more --steps, to train for longer")
+        run = Run(args, held)
+    except (ValueError, OSError) as e:
+        sys.exit(f"train.py: {e}")
+    run.describe()
+    results = run.fit()
+    if run.world > 1:
+        dist.destroy_process_group()
+    return results
+
+
+if __name__ == "__main__":
+    main()
