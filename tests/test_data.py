@@ -1,5 +1,6 @@
 """data.py: tokenisers, built-in tasks, files and their errors, batches."""
 import lzma
+import re
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ ANSWERS = {  # written again, another way
     "first": lambda a: a[0][:1], "last": lambda a: a[0][-1:], "length": lambda a: f"{len(a[0])}",
     "sort": lambda a: "".join(c * a[0].count(c) for c in "abcdefghijklmnopqrstuvwxyz"), "double": lambda a: a[0] * 2,
     "add": lambda a: str(sum(map(int, a))), "max": lambda a: sorted(a, key=int)[-1],
+    "mark": lambda a: "".join(c.upper() if c == a[0] else c for c in a[1]),
     "contains": lambda a: "no" if a[1].find(a[0]) < 0 else "yes",
 }
 
@@ -45,7 +47,7 @@ ANSWERS = {  # written again, another way
 @pytest.mark.parametrize("name", SKILLS)
 def test_skills_are_right(name):
     for prompt, completion in builtin(name, 300, 50)[0]:
-        verb, *rest = prompt.split(" ")
+        verb, *rest = prompt.lstrip(".").split(" ")
         assert verb == name and ANSWERS[name](rest) == completion
 
 
@@ -53,7 +55,7 @@ def test_skills_are_right(name):
 def test_builtin_rows(name):
     train, valid = builtin(name, 1000, 200)
     assert (train, valid) == builtin(name, 1000, 200)
-    prompts, held = {p for p, _ in train}, {p for p, _ in valid}
+    prompts, held = ({p.lstrip(".") for p, _ in rows} for rows in (train, valid))
     if name == "facts":                     # the exception: nobody can infer a fact
         assert prompts == held and len(prompts) == 64
     else:
@@ -63,6 +65,27 @@ def test_builtin_rows(name):
 def test_yes_and_no_are_equally_frequent():
     share = np.mean([c == "yes" for _, c in builtin("infer", 4000, 200)[0]])
     assert abs(share - 0.5) < 5 * 0.5 / 4000**0.5       # five standard deviations
+
+
+MIXTURE_ANSWERS = [  # (task, pattern of the prompt, answer from its groups)
+    ("instruct", r"backwards, please (\w+)", lambda s: s[::-1]), ("instruct", r"shout (\w+)", str.upper),
+    ("instruct", r"say it twice (\w+)", lambda s: s + s), ("instruct", r"what ends \w*(\w)", str),
+    ("instruct", r"what begins (\w)\w*", str), ("instruct", r"how long is (\w+)", lambda s: str(len(s))),
+    ("arith", r"\w+ had (\d+) and got (\d+)", lambda a, b: str(int(a) + int(b))),
+    ("arith", r"\w+ takes more: (\d+) or (\d+)", lambda a, b: max(a, b, key=int)),
+    ("infer", r"\w+ (\w+) (\w+)\. (\w+) \2\?", lambda v, d, w: "yes" if v == w else "no"),
+    ("infer", r"\w+ has (\d+)\. more than (\d+)\?", lambda a, b: "yes" if int(a) > int(b) else "no"),
+    ("data2text", r"(\w+)\|([a-z]+)", lambda n, x: f"{n} is {WORDS[x]}" if x in WORDS else f"{n} sells {x}"),
+    ("data2text", r"(\w+)\|([a-z]+)\|([a-z]+)", lambda n, x, p: f"{n} sells {WORDS[p]} {x}"),
+]
+WORDS = {"low": "cheap", "mid": "fair", "top": "fine"}
+
+
+def test_mixture_answers_are_right():
+    for name in set(MIXTURE) - {"facts"}:
+        for prompt, completion in builtin(name, 1000, 200)[0]:
+            answers = [f(*m.groups()) for task, p, f in MIXTURE_ANSWERS if task == name and (m := re.fullmatch(p, prompt))]
+            assert answers == [completion], prompt
 
 
 def test_the_mixture_stays_inside_the_positions_that_the_skills_train():
