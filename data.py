@@ -10,8 +10,10 @@ Plain text (for pretraining) is cut into windows as long as the model's block, a
 """
 import json
 import lzma
+import math
 import random
 import string
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +24,7 @@ import tiktoken
 import torch
 
 EOT = "<|endoftext|>"
+HELD_OUT = 200      # rows kept out of training where a task does not come with such rows of its own
 
 
 def tokenizer(vocab_size):
@@ -53,6 +56,11 @@ class Task:
     valid: list             # of Row, held out
     note: str = ""          # what a reader of the numbers must know: rows skipped, held-out rows cut off, ...
     text: bool = False      # plain text: there is no prompt, and exact match means nothing
+
+    def checksum(self):
+        """Of all the training tokens: a resumed run must find the data it left."""
+        ids = self.train.tokens if self.text else np.concatenate([np.array(r.ids, np.uint16) for r in self.train])
+        return zlib.crc32(ids.tobytes())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,7 +174,7 @@ MIXTURE = {f.__name__: f for f in (instruct, arith, infer, facts, data2text)}
 GROUPS = {"skills": list(SKILLS), "mixture": list(MIXTURE)}
 
 
-def builtin(name, n_train, n_valid):
+def builtin(name):
     """
     (train, valid) lists of (prompt, completion): always the same rows, no question twice, none in both
     (but for `facts`, whose 64 rows are in both).
@@ -175,14 +183,14 @@ def builtin(name, n_train, n_valid):
     if name == "facts":
         rows = sorted({make(rng) for _ in range(10_000)})
         return rows, rows
-    rows = {}
-    for _ in range(20 * (n_train + n_valid)):
+    rows, n = {}, HELD_OUT + (20_000 if name in SKILLS else 4_000)
+    for _ in range(20 * n):
         prompt, completion = make(rng)
         rows.setdefault(prompt.lstrip("."), (prompt, completion))
-        if len(rows) == n_train + n_valid:
+        if len(rows) == n:
             break
     rows = list(rows.values())
-    return rows[n_valid:], rows[:n_valid]
+    return rows[HELD_OUT:], rows[:HELD_OUT]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,7 +208,7 @@ def read_jsonl(path):
                 continue
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as e:  # not UTF-8, or not JSON
+            except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, or nested too deep
                 raise ValueError(f"{path}, line {number}: not JSON ({e})") from None
             if not isinstance(row, dict):
                 raise ValueError(f'{path}, line {number}: not an object like {{"prompt": ..., "completion": ...}}')
@@ -232,65 +240,71 @@ class Windows:
 
 
 def read_text(path, tok, T):
-    """Windows of a .txt or .txt.xz file. Raises ValueError where it has no two windows."""
-    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as f:
-        parts = [np.array(tok.encode_ordinary(part) + [tok.eot_token], np.uint16) for part in f.read().split(EOT)]
-    rows = Windows(np.concatenate(parts), T)
-    if len(rows) < 2:
-        raise ValueError(f"{path}: {len(rows.tokens)} tokens are too few for a window to train on and one held out, "
+    """Windows of a .txt or .txt.xz file. Raises ValueError where it cannot be read or has no two windows."""
+    try:
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as f:
+            text = f.read()
+    except (lzma.LZMAError, EOFError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not readable as text ({e})") from None
+    tokens = np.concatenate([np.array(tok.encode_ordinary(part) + [tok.eot_token], np.uint16) for part in text.split(EOT)])
+    if len(Windows(tokens, T)) < 2:
+        raise ValueError(f"{path}: {len(tokens)} tokens are too few for a window to train on and one held out, "
                          f"of {T} each; choose a smaller block")
-    return rows
+    return tokens
 
 
-def load(names, tok, block_size, n_valid=200):
+def source(name, tok, T):
+    """(train, valid, note) of one task. Rows are (prompt, completion), or Windows where it is text."""
+    path = Path(name)
+    if name in SKILLS | MIXTURE:
+        return *builtin(name), "held-out rows are the training rows" * (name == "facts")
+    if path.is_dir():
+        held_out = next((path / f for f in ("valid.jsonl", "test.jsonl") if (path / f).is_file()), None)
+        if held_out is None or not (path / "train.jsonl").is_file():
+            raise FileNotFoundError(f"{name}: a task's folder needs train.jsonl and valid.jsonl or test.jsonl")
+        return read_jsonl(path / "train.jsonl"), read_jsonl(held_out), ""
+    if path.suffix == ".jsonl" and path.is_file():
+        rows = read_jsonl(path)
+        n = min(HELD_OUT, math.ceil(len(rows) / 10))
+        if len(rows) < 2:
+            raise ValueError(f"{name}: one row is too few to train on one and hold one out")
+        random.Random(0).shuffle(rows)
+        return rows[n:], rows[:n], f"{n} of {len(rows)} rows held out"
+    if path.suffix in (".txt", ".xz") and path.is_file():
+        tokens = read_text(path, tok, T)
+        windows = (len(tokens) - 1) // T
+        n = max(1, windows // 100)
+        cut = (windows - n) * T
+        return Windows(tokens[:cut + 1], T), Windows(tokens[cut:], T), f"the last {n} of {windows} windows held out"
+    raise FileNotFoundError(f"--data {name}: no such .jsonl or .txt file, folder or built-in task; "
+                            f"built-in are {' '.join([*GROUPS, *MIXTURE, *SKILLS])}")
+
+
+def load(names, tok, block_size, eval_rows=200):
     """
     A Task for every name: a built-in task, `skills` or `mixture` (all of them), a .jsonl file, a folder that
     holds train.jsonl and valid.jsonl or test.jsonl, or plain text (.txt, .txt.xz). Rows that do not fit the
-    block are left out, and the task's note says how many. Raises ValueError or FileNotFoundError.
+    block are left out, and the task's note says how many. Of the held-out rows, `eval_rows` are kept, evenly
+    spread; which rows are held out does not depend on that. Raises ValueError or FileNotFoundError.
     """
     tasks = []
     for name in [n for name in names for n in GROUPS.get(name, [name])]:
-        path, notes, text = Path(name), [], False
-        if name in SKILLS | MIXTURE:
-            train, valid = builtin(name, 20_000 if name in SKILLS else 4_000, n_valid)
-            if train == valid:
-                notes.append("held-out rows are the training rows")
-        elif path.is_dir():
-            held = next((path / f for f in ("valid.jsonl", "test.jsonl") if (path / f).is_file()), None)
-            if held is None or not (path / "train.jsonl").is_file():
-                raise FileNotFoundError(f"{name}: a task's folder needs train.jsonl and valid.jsonl or test.jsonl")
-            train, valid = read_jsonl(path / "train.jsonl"), read_jsonl(held)
-        elif path.suffix == ".jsonl" and path.is_file():
-            rows = read_jsonl(path)
-            n = min(n_valid, max(1, len(rows) // 10))
-            if len(rows) < 2:
-                raise ValueError(f"{name}: one row is too few to train on one and hold one out")
-            random.Random(0).shuffle(rows)
-            train, valid = rows[n:], rows[:n]
-            notes.append(f"{n} of {len(rows)} rows held out")
-        elif path.suffix in (".txt", ".xz") and path.is_file():
-            rows, text = read_text(path, tok, block_size), True
-            n = max(1, len(rows) // 100)
-            cut = (len(rows) - n) * block_size
-            train, valid = Windows(rows.tokens[:cut + 1], block_size), Windows(rows.tokens[cut:], block_size)
-            notes.append(f"the last {n} of {len(rows)} windows held out")
-        else:
-            raise FileNotFoundError(f"--data {name}: no such .jsonl or .txt file, folder or built-in task; "
-                                    f"built-in are {' '.join([*GROUPS, *MIXTURE, *SKILLS])}")
-        if not text:
-            train, valid = ([encode(tok, *row) for row in rows] for rows in (train, valid))
-            fits = [[r for r in rows if len(r.ids) <= block_size + 1] for rows in (train, valid)]
-            long = len(train) + len(valid) - len(fits[0]) - len(fits[1])
-            if long:
-                notes.append(f"{long} rows of more than {block_size} tokens skipped "
-                             f"(the longest has {max(len(r.ids) for r in train + valid)})")
-            if not all(fits):
-                raise ValueError(f"{name}: no row fits the block of {block_size} tokens")
-            train, valid = fits
         if name in (t.name for t in tasks):
             raise ValueError(f"--data {name}: given twice")
-        tasks.append(Task(name, train, valid[::max(1, len(valid) // n_valid)][:n_valid] if not text
-                          else [valid[i] for i in range(min(n_valid, len(valid)))], "; ".join(notes), text))
+        train, valid, note = source(name, tok, block_size)
+        text = isinstance(train, Windows)
+        if not text:
+            train, valid = ([encode(tok, *row) for row in rows] for rows in (train, valid))
+            longest = max(len(r.ids) for r in train + valid) - 1        # the last token is predicted, never read
+            kept = [[r for r in rows if len(r.ids) <= block_size + 1] for rows in (train, valid)]
+            skipped = len(train) + len(valid) - len(kept[0]) - len(kept[1])
+            if not all(kept):
+                raise ValueError(f"{name}: no row to train on or none to hold out fits the block of {block_size} tokens")
+            if skipped:
+                note += "; " * bool(note) + f"{skipped} rows longer than {block_size} tokens skipped (up to {longest})"
+            train, valid = kept
+        every = max(1, len(valid) // eval_rows)
+        tasks.append(Task(name, train, [valid[i] for i in range(0, len(valid), every)][:eval_rows], note, text))
     return tasks
 
 

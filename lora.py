@@ -34,8 +34,9 @@ class LoRALinear(nn.Module):
     def __init__(self, base, rank, alpha=16.0, dropout=0.0, rslora=False):
         super().__init__()
         d_out, d_in = base.weight.shape
-        if not 1 <= rank <= min(d_in, d_out) or rank != int(rank):
-            raise ValueError(f"rank {rank} for a ({d_out}, {d_in}) matrix: choose a whole number from 1 to {min(d_in, d_out)}")
+        if not isinstance(rank, int) or not 1 <= rank <= min(d_in, d_out):
+            raise ValueError(f"rank {rank} for a ({d_out}, {d_in}) matrix: "
+                             f"choose a whole number from 1 to {min(d_in, d_out)}")
         self.base = base.requires_grad_(False)
         like = dict(device=base.weight.device, dtype=torch.promote_types(base.weight.dtype, torch.float32))
         self.A = nn.Parameter(torch.empty(rank, d_in, **like))
@@ -43,7 +44,7 @@ class LoRALinear(nn.Module):
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.dropout = nn.Dropout(dropout)
         self.disabled = False
-        self.kept = None            # the base's own weight, while merged
+        self.register_buffer("kept", None, persistent=False)        # W, while the base holds W + ΔW
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -97,28 +98,46 @@ def inject(model, targets="all", rank=8, layer=LoRALinear, **settings):
     Put `layer(linear, rank, **settings)` in the place of nn.Linear layers, and freeze all the rest, biases and
     LayerNorms too. `targets` are last parts of names ("q v"), or "all"; `rank` is one number, or a dict from
     whole names to numbers ({"h.3.attn.q": 5}), which then says the targets as well. Returns the model.
-    Raises ValueError for a target that is not there, a rank that does not fit, and a model that has adapters.
+    Raises ValueError, and leaves the model as it was, for a target that is not there, a rank that does not fit,
+    and a model that has adapters.
     """
     if adapters(model):
         raise ValueError("the model has adapters already: remove(model) takes them out")
     ranks = rank
     if not isinstance(rank, dict):
-        linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        linears = linear_layers(model)
         kinds = list(dict.fromkeys(name.split(".")[-1] for name in linears))
         wanted = targets.split() if isinstance(targets, str) else list(targets)
         for t in wanted:
             if t not in [*kinds, "all"]:
                 raise ValueError(f"--targets {t}: no such layer; choose from {' '.join(kinds)}, or all")
         ranks = {name: rank for name in linears if "all" in wanted or name.split(".")[-1] in wanted}
-    new = build(model, ranks, layer, settings)
+    with as_it_was(model):
+        new = build(model, ranks, layer, settings)
     return place(model, new, {"layer": layer.__name__, "settings": settings, "ranks": ranks, "base": fingerprint(model)})
 
 
+def linear_layers(model):
+    """{name: nn.Linear}, an adapter's base under the adapter's name. Subclasses are left out: not all are called."""
+    bases = {f"{name}.base": name for name in adapters(model)}
+    return {bases.get(name, name): m for name, m in model.named_modules() if type(m) is nn.Linear}
+
+
+@contextmanager
+def as_it_was(model):
+    """Take freezing back where what follows fails."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except Exception:
+        for p, was in before:
+            p.requires_grad_(was)
+        raise
+
+
 def build(model, ranks, layer, settings):
-    """{name: new layer} for {name: rank}, over the model's linears or the bases of the adapters it has."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    linears |= {name: m.base for name, m in adapters(model).items()}
-    new = {}
+    """{name: new layer} for {name: rank}, not yet in the model."""
+    linears, new = linear_layers(model), {}
     for name, r in ranks.items():
         if name not in linears:
             raise ValueError(f"rank for {name}: no such layer; there are {' '.join(linears)}")
@@ -148,6 +167,7 @@ def remove(model):
     for name, m in adapters(model).items():
         m.unmerge()
         model.set_submodule(name, m.base)
+    model.adapter = None
 
 
 def merge(model):
@@ -181,27 +201,32 @@ def disabled(model):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
+def base_weights(model):
+    """{name: tensor} of the model as it is without adapters, merged or not."""
+    weights = dict(model.named_parameters())
+    for name, m in adapters(model).items():
+        for k, _ in m.named_parameters(recurse=False):                      # A, B, s
+            del weights[f"{name}.{k}"]
+        for k, _ in m.base.named_parameters():
+            weights[f"{name}.{k}"] = weights.pop(f"{name}.base.{k}")
+        if m.kept is not None:
+            weights[f"{name}.weight"] = m.kept
+    return weights
+
+
 def fingerprint(model):
-    """
-    Names, shapes and values of a model's own weights in 16 hex digits, the same with and without adapters,
-    merged or not, in float32 and in bfloat16 (to which values are rounded first).
-    """
-    layers = adapters(model)
+    """Names, shapes and values (rounded to bfloat16) of the base's weights, in 16 hex digits."""
     sha = hashlib.sha256()
-    for name, p in sorted(model.named_parameters(), key=lambda pair: pair[0].replace(".base.", ".")):
-        owner = layers.get(name.rpartition(".base.")[0] or name.rpartition(".")[0])
-        if owner is not None and ".base." not in name:
-            continue                                                        # A, B, s: the adapter's own
-        if owner is not None and name.endswith("weight") and owner.kept is not None:
-            p = owner.kept
-        bits = p.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
-        sha.update(f"{name.replace('.base.', '.')} {tuple(p.shape)}".encode())
-        sha.update(bits)
+    for name, p in sorted(base_weights(model).items()):
+        sha.update(f"{name} {tuple(p.shape)}".encode())
+        sha.update(p.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
     return sha.hexdigest()[:16]
 
 
 def state(model):
     """Everything `load` needs, as a dict: the layer's class and settings, ranks, the base's fingerprint, tensors."""
+    if not adapters(model):
+        raise ValueError("the model has no adapters to save")
     tensors = {f"{name}.{k}": p.detach().cpu().clone() for name, m in adapters(model).items()
                for k, p in m.named_parameters(recurse=False)}
     return {**model.adapter, "tensors": tensors}
@@ -209,8 +234,9 @@ def state(model):
 
 def write(obj, path):
     """torch.save that leaves either the old file or the whole new one, whenever the machine stops."""
-    torch.save(obj, f"{path}.part")
-    with open(f"{path}.part", "rb+") as f:
+    with open(f"{path}.part", "wb") as f:
+        torch.save(obj, f)
+        f.flush()
         os.fsync(f.fileno())
     os.replace(f"{path}.part", path)
 
@@ -241,14 +267,15 @@ def load(model, saved):
     classes = {c.__name__: c for c in (LoRALinear, *LoRALinear.__subclasses__())}
     if saved["layer"] not in classes:
         raise ValueError(f"the adapter is made of {saved['layer']}: import the file that defines it first")
-    new = build(model, saved["ranks"], classes[saved["layer"]], saved["settings"])
-    own = {f"{name}.{k}": p for name, m in new.items() for k, p in m.named_parameters(recurse=False)}
-    wrong = [f"missing {k}" for k in own.keys() - saved["tensors"].keys()]
-    wrong += [f"unexpected {k}" for k in saved["tensors"].keys() - own.keys()]
-    wrong += [f"{k} is {tuple(t.shape)}, not {tuple(own[k].shape)}" for k, t in saved["tensors"].items()
-              if k in own and t.shape != own[k].shape]
-    if wrong:
-        raise ValueError(f"the adapter is not whole: {'; '.join(sorted(wrong))}")
+    with as_it_was(model):
+        new = build(model, saved["ranks"], classes[saved["layer"]], saved["settings"])
+        own = {f"{name}.{k}": p for name, m in new.items() for k, p in m.named_parameters(recurse=False)}
+        want, have = ({k: tuple(t.shape) for k, t in d.items()} for d in (own, saved["tensors"]))
+        wrong = [f"missing {k}" for k in want.keys() - have.keys()]
+        wrong += [f"unexpected {k}" for k in have.keys() - want.keys()]
+        wrong += [f"{k} is {have[k]}, not {want[k]}" for k in want.keys() & have.keys() if have[k] != want[k]]
+        if wrong:
+            raise ValueError(f"the adapter is not whole: {'; '.join(sorted(wrong))}")
     for k, p in own.items():
         p.data.copy_(saved["tensors"][k])
     return place(model, new, {k: v for k, v in saved.items() if k != "tensors"})

@@ -142,11 +142,13 @@ class GPT(nn.Module):
         prompts = idx.tolist() if torch.is_tensor(idx) else [list(p) for p in idx]
         if not prompts or not all(prompts):
             raise ValueError("generate needs at least one token in every prompt")
+        if temperature < 0 or top_k is not None and top_k < 1:
+            raise ValueError(f"temperature {temperature} must be at least 0 and top_k {top_k} at least 1")
         longest, device = max(map(len, prompts)), self.wte.weight.device
         S = longest + max_new_tokens - 1                            # positions: the last new token needs none
         if max_new_tokens < 1 or S > self.config.block_size:
-            raise ValueError(f"a prompt of {longest} tokens leaves the model's block of {self.config.block_size} room "
-                             f"for 1 to {self.config.block_size + 1 - longest} new ones, not {max_new_tokens}")
+            raise ValueError(f"a prompt of {longest} tokens leaves the model's block of {self.config.block_size} room for "
+                             f"{max(0, self.config.block_size + 1 - longest)} new ones, not {max_new_tokens}")
         # Shorter prompts are padded at the end. A padded key is never seen: the mask of the prompt is
         # causal, and each new token overwrites the key at its own position before it looks.
         padded = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)  # (B, longest)
@@ -196,12 +198,20 @@ class GPT(nn.Module):
             except (urllib.error.URLError, OSError) as e:
                 raise ConnectionError(f"{name}: the weights could not be downloaded ({e}); bring the file "
                                       f"{RELEASED.format(name)} here and give its path instead") from None
+            except Exception as e:  # torch raises many kinds where a file is not what it should be
+                raise ValueError(f"{name}: the download is broken ({type(e).__name__}); delete "
+                                 f"{torch.hub.get_dir()}/checkpoints/{name}.bin and try again") from None
         elif name == "nano" or Path(name).is_file():
             held = read(NANO if name == "nano" else name)
         else:
             raise FileNotFoundError(f"{name}: no such file, and no preset either; presets are {' '.join(PRESETS)}")
         if "config" in held and "model" in held:
-            config, state = GPTConfig(**held["config"]), held["model"]
+            try:
+                config, state = GPTConfig(**held["config"]), held["model"]
+            except TypeError as e:
+                raise ValueError(f"{name}: its sizes are not GPTConfig's ({e})") from None
+            if n_head not in (None, config.n_head):
+                raise ValueError(f"{name} has {config.n_head} heads, not {n_head}")
         elif "adapter" in held:
             raise ValueError(f"{name} holds an adapter, not a model: load its base, then lora.load(model, path)")
         else:
@@ -226,7 +236,7 @@ def read(path):
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises many kinds here: unpickling, zip, end of file, key, ...
-        raise ValueError(f"{path}: not a complete file of tensors ({str(e).splitlines()[0]})") from None
+        raise ValueError(f"{path}: not a complete file of tensors ({type(e).__name__})") from None
     if not isinstance(held, dict):
         raise ValueError(f"{path}: holds a {type(held).__name__}, not a checkpoint")
     return held
@@ -244,7 +254,7 @@ def from_hf_layout(held, name, n_head=None):
     (V, C), T = held["wte.weight"].shape, held["wpe.weight"].size(0)
     if n_head is None and C % 64:
         raise ValueError(f"{name}: width {C} is no multiple of 64; say how many heads (n_head)")
-    layers = {int(k.split(".")[1]) for k in held if k.startswith("h.")}
+    layers = {int(n) for n in (k.split(".")[1] for k in held if k.startswith("h.")) if n.isdigit()}
     config = GPTConfig(V, T, max(layers) + 1, n_head or C // 64, C)
     state = {}
     for key, value in held.items():

@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -79,7 +80,7 @@ def parse(argv=None):
     g = p.add_argument_group("optimisation")
     add, length = g.add_argument, g.add_mutually_exclusive_group().add_argument
     length("--steps", default=600, type=number(int, 1), help="(default %(default)s)")
-    length("--epochs", type=number(float, 0), help="instead of steps: how many times as many rows as there are")
+    length("--epochs", type=number(float, 0.001, 1e6), help="instead of steps: how many times as many rows as there are")
     add("--batch_size", default=64, type=number(int, 1), help="rows of a step, over all processes (default %(default)s)")
     add("--grad_accum", default=1, type=number(int, 1), help="do a step's rows in so many parts: the same, in less memory")
     add("--lr", type=number(float, 0), help=f"peak learning rate (default up to width 256, and above: {rates})")
@@ -135,8 +136,8 @@ def processes(args):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1:  # the others wait while process 0 evaluates
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
     if args.dtype is None:
         args.dtype = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if device.type == "cuda":
@@ -173,7 +174,7 @@ def adapt(model, args, device, held=None):
         return lora.load(model, held["adapter"])
     torch.manual_seed(args.seed)
     settings = {"alpha": args.alpha, "dropout": args.dropout, "rslora": args.rslora}
-    return lora.inject(model, args.targets, args.rank, layer, **settings)
+    return lora.inject(model, " ".join(args.targets), args.rank, layer, **settings)
 
 
 def autocast(args, device):
@@ -251,8 +252,8 @@ def complete(model, prompts, tok, args, device):
 
 
 def first_rows(tasks, n):
-    """Prompts of the first n held-out rows of every task; of text, the first 32 tokens."""
-    return [list(r.ids[:32 if t.text else r.given]) for t in tasks for r in t.valid[:n]]
+    """Prompts of the first n held-out rows of every task; of text, half a window, at most 32 tokens."""
+    return [[int(i) for i in r.ids[:min(32, len(r.ids) // 2) if t.text else r.given]] for t in tasks for r in t.valid[:n]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,12 +271,13 @@ class Run:
         model = base_model(args)
         self.tok = data.tokenizer(model.config.vocab_size)
         self.tasks = data.load(args.data, self.tok, args.block_size, args.eval_rows)
-        self.rows = {t.name: [len(t.train), len(t.valid)] for t in self.tasks}
-        if held and held["rows"] != self.rows:
-            raise ValueError(f"{args.out}: the data has changed since: rows (train, held out) were {held['rows']}, "
-                             f"now {self.rows}")
+        self.data = {t.name: [len(t.train), t.checksum()] for t in self.tasks}
+        if held and held["data"] != self.data:
+            raise ValueError(f"{args.out}: the data has changed since: rows and checksum of each task were "
+                             f"{held['data']}, now {self.data}")
+        self.n_rows = sum(len(t.train) for t in self.tasks)
         if args.epochs is not None:
-            args.steps = max(1, math.ceil(args.epochs * sum(n for n, _ in self.rows.values()) / args.batch_size))
+            args.steps = math.ceil(args.epochs * self.n_rows / args.batch_size)
         if args.lr is None:
             args.lr = METHODS[args.method][1 if model.config.n_embd <= 256 else 2]
         self.size = sum(p.numel() for p in model.parameters())
@@ -287,28 +289,32 @@ class Run:
                   {"params": [p for p in self.trained if p.ndim <= 1], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=(0.9, args.beta2),
                                            fused=True)
-        self.start, self.before = 0, None
+        self.start, self.before, self.after = 0, None, None
         if held:
             self.optimizer.load_state_dict(held["optimizer"])
             self.start, self.before = held["step"], held["before"]
         self.net = torch.nn.parallel.DistributedDataParallel(self.model) if self.world > 1 else self.model
         if args.compile:
             self.net = torch.compile(self.net)
-        self.row = data.stream(self.tasks, args.seed, args.mix)
+        self.row, self.seen = data.stream(self.tasks, args.seed, args.mix), 0
 
         if held is None and args.out is None:
             names = (f"out/{args.method}{f'-{i}' * (i > 1)}.pt" for i in itertools.count(1))
-            args.out = next(name for name in names if not Path(name).exists())
-        elif held is None and Path(args.out).exists():
-            raise ValueError(f"--out {args.out} is there already: --resume it, delete it, or choose another name")
-        self.log_path = Path(args.out).with_suffix(".jsonl")
+            args.out = next(name for name in names if not Path(name).exists() and not log_of(name).exists())
+        self.log_path = log_of(args.out)
+        if self.rank == 0:
+            for path in (args.out, self.log_path):
+                if held is None and Path(path).exists():
+                    raise ValueError(f"{path} is there already: --resume its run, delete it, or choose another --out")
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            open(f"{args.out}.part", "wb").close()  # a place that cannot be written to is found before the work
 
     def say(self, *lines, **options):
         if self.rank == 0:
             print(*lines, **options, flush=True)
 
     def describe(self):
-        a, n, rows = self.args, sum(p.numel() for p in self.trained), sum(n for n, _ in self.rows.values())
+        a, n = self.args, sum(p.numel() for p in self.trained)
         self.say(f"model    {a.model}{' from scratch' * a.scratch}, {self.size / 1e6:.2f} M parameters, "
                  f"rows of up to {a.block_size} {self.tok.name} tokens")
         adapter = f": rank {a.rank}, alpha {a.alpha:g}{', rslora' * a.rslora}, on {' '.join(a.targets)}"
@@ -316,12 +322,12 @@ class Run:
         self.say(f"trains   {n:,} parameters, {100 * n / self.size:.2f} % of the model")
         self.say(f"device   {self.device}{f', {self.world} processes' * (self.world > 1)}, {a.dtype}"
                  f"{', compiled' * a.compile}")
-        self.say(f"data     {len(self.tasks)} task{'s' * (len(self.tasks) > 1)}, {rows:,} rows, {a.mix} shares")
+        self.say(f"data     {len(self.tasks)} task{'s' * (len(self.tasks) > 1)}, {self.n_rows:,} rows, {a.mix} shares")
         for t in self.tasks:
             self.say(f"         {t.name}: {len(t.train):,} rows{'; ' * bool(t.note)}{t.note}")
         self.say(f"run      {a.steps} steps of {a.batch_size} rows, learning rate {a.lr:g}, to {a.out}\n")
 
-    def save(self, step, after=None):
+    def save(self, step):
         """
         The checkpoint, from process 0. Before the end it holds all that resuming needs, at the end the results
         instead of the optimizer. Of an adapter run it holds no weight of the base.
@@ -330,13 +336,13 @@ class Run:
             return
         if self.args.method == "full":
             weights = self.model.state_dict()
-            if after is not None and self.args.half:
+            if self.after and self.args.half:
                 weights = {k: v.half() for k, v in weights.items()}
             held = {"config": asdict(self.model.config), "model": weights}
         else:
             held = {"adapter": lora.state(self.model)}
-        held |= {"args": vars(self.args), "step": step, "base": self.base, "rows": self.rows, "before": self.before}
-        held |= {"optimizer": self.optimizer.state_dict()} if after is None else {"after": after}
+        held |= {"args": vars(self.args), "step": step, "base": self.base, "data": self.data, "before": self.before}
+        held |= {"after": self.after} if self.after else {"optimizer": self.optimizer.state_dict()}
         lora.write(held, self.args.out)
 
     def evaluate(self, generate=False):
@@ -382,35 +388,37 @@ class Run:
         return loss, norm, bool(stop)
 
     def fit(self):
-        """Train to the end, with a log, a live line and checkpoints. Returns the results, or None if asked to stop."""
+        """Train to the end, with a log, a live line and checkpoints. Returns the results; exits 130 if asked to stop."""
         a, lines = self.args, []
         if self.before is None:
             self.say("measuring the held-out rows before training ...")
             self.before = self.evaluate(generate=True)
-            Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-            self.save(0)        # at once, so that a place that cannot be written to is found before the work, not after
+            self.save(0)
         else:
             self.say(f"resumed after step {self.start}")
-            if self.log_path.exists():  # without what a killed run did after its last checkpoint, which is done again
-                lines = [t for t in self.log_path.read_text().splitlines() if json.loads(t)["step"] <= self.start]
+            lines = self.log_path.read_text().splitlines(keepends=True) if self.log_path.exists() else []
         with contextlib.ExitStack() as stack:
-            log = stack.enter_context(open(self.log_path if self.rank == 0 else os.devnull, "w"))
+            if self.rank == 0:  # without what a killed run did after its last checkpoint, which is done again
+                Path(f"{self.log_path}.part").write_text("".join(t for t in lines if step_of(t) <= self.start))
+                os.replace(f"{self.log_path}.part", self.log_path)
+                log = stack.enter_context(open(self.log_path, "a", buffering=1))
 
             def note(**entry):
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
+                if self.rank == 0:
+                    log.write(json.dumps(entry) + "\n")
 
-            log.writelines(t + "\n" for t in lines)
             asked = stack.enter_context(stop_signals())
-            began, self.seen, live = time.time(), 0, sys.stdout.isatty()
+            busy, live = 0.0, sys.stdout.isatty()
             self.model.train()
             for step in range(self.start, a.steps):
+                began = time.time()
                 loss, norm, stop = self.update(step, bool(asked))
-                done, took = step + 1, time.time() - began
-                left = round(took / (done - self.start) * (a.steps - done))
-                note(step=done, loss=loss, norm=norm, lr=learning_rate(step, a), tokens_per_s=self.seen / took)
+                busy += time.time() - began
+                done, rate = step + 1, self.seen / busy
+                left = round(busy / (done - self.start) * (a.steps - done))
+                note(step=done, loss=loss, norm=norm, lr=self.optimizer.param_groups[0]["lr"], tokens_per_s=rate)
                 head = f"step {done:>{len(str(a.steps))}}/{a.steps}"
-                text = f"{head}  loss {loss:7.4f}  {self.seen / took:9,.0f} tokens/s  {left // 60:3}:{left % 60:02} left"
+                text = f"{head}  loss {loss:7.4f}  {rate:9,.0f} tokens/s  {left // 60:3}:{left % 60:02} left"
                 if live:
                     self.say(f"\r{text:<79}", end="")
                 elif done % max(1, min(100, a.steps // 10)) == 0:
@@ -420,24 +428,34 @@ class Run:
                     note(step=done, held_out=held_out)
                     text = f"{head}  held-out loss {sum(held_out.values()) / max(1, len(held_out)):.4f}"
                     self.say(f"\r{text:<79}" if live else text)
-                if done < a.steps and (stop or done % a.eval_every == 0):
+                if done % a.eval_every == 0 or done == a.steps or stop:
                     self.save(done)
-                if done < a.steps and stop:
+                if stop:
                     self.say(f"\nstopped after step {done}; to go on: python train.py --resume {a.out}")
-                    return None
-            after = self.evaluate(generate=True)
-            self.save(a.steps, after)
-            shown = []
+                    sys.exit(130)
+            self.after, shown = self.evaluate(generate=True), []
             if self.rank == 0:
-                prompts = first_rows(self.tasks, 1 if len(self.tasks) > 2 else 3)
-                shown = complete(self.model, prompts, self.tok, a, self.device)
-            note(step=a.steps, seconds=time.time() - began, before=self.before, after=after, samples=shown)
+                shown = complete(self.model, first_rows(self.tasks, 3 if len(self.tasks) < 3 else 1), self.tok, a, self.device)
+            self.save(a.steps)
+            note(step=a.steps, seconds=busy, before=self.before, after=self.after, samples=shown)
         if self.rank == 0:
-            self.say("\n\n" + table(self.tasks, self.before, after) + "\n\n" + "\n".join(shown) + "\n")
             size = f"{Path(a.out).stat().st_size / 1e6:.2f} MB{', the adapter alone' * (a.method != 'full')}"
-            self.say(f"saved    {a.out}, {size}; log {self.log_path}")
-            self.say(f'next     python train.py --eval {a.out} --prompt "..."')
-        return after
+            self.say("\n" * live, table(self.tasks, self.before, self.after), "", *shown, "",
+                     f"saved    {a.out}, {size}; log {self.log_path}",
+                     f'next     python train.py --eval {a.out} --prompt "..."', sep="\n")
+        return self.after
+
+
+def log_of(checkpoint):
+    return Path(str(checkpoint).removesuffix(".pt") + ".jsonl")
+
+
+def step_of(line):
+    """A log line's step; of a line that a killed run wrote half, infinity."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def learning_rate(step, args):
@@ -466,7 +484,7 @@ def stop_signals():
 def started(path, args, given):
     """A checkpoint of train.py and its settings, with those that this command line gives anew."""
     held = read(path)
-    if "args" not in held:
+    if not {"args", "step", "base", "data"} <= held.keys():
         raise ValueError(f"{path}: not a checkpoint of train.py")
     return held, argparse.Namespace(**held["args"] | {k: getattr(args, k) for k in given} | {"resume": None})
 
@@ -474,24 +492,18 @@ def started(path, args, given):
 def evaluation(held, args):
     """--eval: results of a checkpoint beside its base's, or completions of --prompt."""
     _, _, device = processes(args)
-    base = None if args.scratch else base_model(args)
-    if args.method == "full":
-        model = GPT.from_pretrained(args.eval).to(device)
-    else:
-        model, base = adapt(base, args, device, held), None
+    full = args.method == "full"
+    model = GPT.from_pretrained(args.eval).to(device) if full else adapt(base_model(args), args, device, held)
     tok = data.tokenizer(model.config.vocab_size)
     if args.prompt:
-        print("\n".join(complete(model, [data.encode(tok, t, "").ids[:-1] for t in args.prompt], tok, args, device)))
+        prompts = [data.encode(tok, text, "").ids[:-1] for text in args.prompt]
+        print(*complete(model, prompts, tok, args, device), sep="\n")
         return None
     tasks = data.load(args.data, tok, args.block_size, args.eval_rows)
     after = evaluate(model, tasks, tok, args, device, generate=True)
-    if base is not None:
-        before = evaluate(base.to(device), tasks, tok, args, device, generate=True)
-    elif args.method != "full":
-        with lora.disabled(model):
-            before = evaluate(model, tasks, tok, args, device, generate=True)
-    else:
-        before = {t.name: {} for t in tasks}
+    with lora.disabled(model):
+        base = base_model(args).to(device) if full else model
+        before = evaluate(base, tasks, tok, args, device, generate=True)
     print(table(tasks, before, after), "", *complete(model, first_rows(tasks, 1), tok, args, device), sep="\n")
     return after
 
@@ -510,13 +522,16 @@ def main(argv=None):
                 raise ValueError(f"{out}: this run has ended after its {held['step']} steps; start a new one, "
                                  "with more --steps, to train for longer")
         run = Run(args, held)
+        run.describe()
     except (ValueError, OSError) as e:
         sys.exit(f"train.py: {e}")
-    run.describe()
-    results = run.fit()
-    if run.world > 1:
-        dist.destroy_process_group()
-    return results
+    try:
+        return run.fit()
+    except OSError as e:  # a full disk, say; the last checkpoint is whole
+        sys.exit(f"\ntrain.py: {e}")
+    finally:
+        if run.world > 1:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -46,24 +46,24 @@ ANSWERS = {  # written again, another way
 
 @pytest.mark.parametrize("name", SKILLS)
 def test_skills_are_right(name):
-    for prompt, completion in builtin(name, 300, 50)[0]:
+    for prompt, completion in builtin(name)[0][:300]:
         verb, *rest = prompt.lstrip(".").split(" ")
         assert verb == name and ANSWERS[name](rest) == completion
 
 
 @pytest.mark.parametrize("name", [*SKILLS, *MIXTURE])
 def test_builtin_rows(name):
-    train, valid = builtin(name, 1000, 200)
-    assert (train, valid) == builtin(name, 1000, 200)
+    train, valid = builtin(name)
+    assert (train, valid) == builtin(name)
     prompts, held = ({p.lstrip(".") for p, _ in rows} for rows in (train, valid))
     if name == "facts":                     # the exception: nobody can infer a fact
         assert prompts == held and len(prompts) == 64
     else:
-        assert len(prompts) == 1000 and len(held) == 200 and not prompts & held
+        assert len(prompts) == len(train) >= 4000 and len(held) == 200 and not prompts & held
 
 
 def test_yes_and_no_are_equally_frequent():
-    share = np.mean([c == "yes" for _, c in builtin("infer", 4000, 200)[0]])
+    share = np.mean([c == "yes" for _, c in builtin("infer")[0]])
     assert abs(share - 0.5) < 5 * 0.5 / 4000**0.5       # five standard deviations
 
 
@@ -83,14 +83,14 @@ WORDS = {"low": "cheap", "mid": "fair", "top": "fine"}
 
 def test_mixture_answers_are_right():
     for name in set(MIXTURE) - {"facts"}:
-        for prompt, completion in builtin(name, 1000, 200)[0]:
+        for prompt, completion in builtin(name)[0]:
             answers = [f(*m.groups()) for task, p, f in MIXTURE_ANSWERS if task == name and (m := re.fullmatch(p, prompt))]
             assert answers == [completion], prompt
 
 
 def test_the_mixture_stays_inside_the_positions_that_the_skills_train():
     def longest(group):
-        return max(len(encode(TOK, *row).ids) for name in GROUPS[group] for row in builtin(name, 4000, 200)[0])
+        return max(len(encode(TOK, *row).ids) for name in GROUPS[group] for row in builtin(name)[0][:4000])
 
     assert longest("mixture") <= longest("skills")
 
@@ -129,10 +129,12 @@ def test_load(tmp_path):
         load([str(folder)], TOK, 20)
     write_rows(folder / "test.jsonl", ["t"])
     write_rows(tmp_path / "one.jsonl", range(50))
-    (tmp_path / "n.txt").write_text("x" * 101 + "<|endoftext|>" + "y" * 100)
-    two, one, text = load([str(folder), str(tmp_path / "one.jsonl"), str(tmp_path / "n.txt")], TOK, 20, n_valid=10)
+    story = "".join(map(chr, range(32, 127)))
+    (tmp_path / "n.txt").write_text(story + "<|endoftext|>" + story[::-1])
+    two, one, text = load([str(folder), str(tmp_path / "one.jsonl"), str(tmp_path / "n.txt")], TOK, 19, eval_rows=10)
     assert len(two.train) == 2 and len(two.valid) == 1
-    assert two.note == "1 rows of more than 20 tokens skipped (the longest has 33)"
+    assert two.note == "1 rows longer than 19 tokens skipped (up to 32)"
+    assert len(load([str(folder)], TOK, 32)[0].train) == 3 and "skipped" in load([str(folder)], TOK, 31)[0].note
     assert len(one.train) == 45 and len(one.valid) == 5 and one.note == "5 of 50 rows held out"
     assert not {tuple(r.ids) for r in one.train} & {tuple(r.ids) for r in one.valid}
     write_rows(folder / "valid.jsonl", ["v"])
@@ -140,14 +142,15 @@ def test_load(tmp_path):
     # text: every token but the first is predicted once
     assert text.text and len(text.train) == 9 and len(text.valid) == 1
     rows = [*text.train, *text.valid]
-    assert [i for r in rows for i in r.ids[1:]] == ([ord("x")] * 101 + [256] + [ord("y")] * 100)[1:201]
+    assert [i for r in rows for i in r.ids[1:]] == [*story.encode()[1:], 256, *story.encode()[::-1], 256][:190]
     assert all(a.ids[-1] == b.ids[0] for a, b in zip(rows, rows[1:]))
+    assert load(["add"], TOK, 64, eval_rows=20)[0].train == load(["add"], TOK, 64)[0].train
     assert [t.name for t in load(["mixture", "add"], TOK, 64)] == [*MIXTURE, "add"]
     with pytest.raises(ValueError, match="add: given twice"):
         load(["skills", "add"], TOK, 64)
     with pytest.raises(FileNotFoundError, match="--data ad: no such .jsonl or .txt file, folder or built-in task; built-in are"):
         load(["ad"], TOK, 64)
-    with pytest.raises(ValueError, match="no row fits the block of 3 tokens"):
+    with pytest.raises(ValueError, match="no row to train on or none to hold out fits the block of 3 tokens"):
         load(["add"], TOK, 3)
 
 
@@ -161,6 +164,11 @@ def test_xz_text_is_the_same_text(tmp_path):
     (tmp_path / "c.txt").write_text("short")
     with pytest.raises(ValueError, match="6 tokens are too few"):
         load([str(tmp_path / "c.txt")], TOK, 32)
+    (tmp_path / "d.txt.xz").write_bytes((tmp_path / "b.txt.xz").read_bytes()[:-20])
+    (tmp_path / "e.txt").write_bytes(b"caf\xe9")
+    for name in ("d.txt.xz", "e.txt"):
+        with pytest.raises(ValueError, match=f"{name}: not readable as text"):
+            load([str(tmp_path / name)], TOK, 32)
 
 
 # batches
@@ -181,6 +189,11 @@ def test_equal_shares():
 def test_proportional_shares():
     row = stream(tasks(), seed=1, mix="proportional")
     assert sorted(tuple(row(i).ids) for i in range(40)) == sorted([(0, i) for i in range(10)] + [(1, i) for i in range(30)])
+
+
+def test_every_pool_has_an_order_of_its_own():
+    row = stream([data.Task(t, [data.Row([t, i], 1) for i in range(30)], []) for t in "ab"], seed=1)
+    assert [row(i).ids[1] for i in range(0, 60, 2)] != [row(i).ids[1] for i in range(1, 60, 2)]
 
 
 def test_row_i_depends_on_nothing_but_i_and_the_seed():

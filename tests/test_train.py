@@ -140,7 +140,8 @@ def test_stop_and_resume_is_the_same_run_to_the_bit(whole, monkeypatch, capsys):
         return step(self, *a)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
-    assert train.main([*HARD, "--eval_every", "100", "--out", "a.pt"]) is None
+    with pytest.raises(SystemExit, match="130"):                        # so that a script around it stops too
+        train.main([*HARD, "--eval_every", "100", "--out", "a.pt"])
     assert "to go on: python train.py --resume a.pt" in capsys.readouterr().out
     assert read("a.pt")["step"] in (3, 4)
     train.main(["--resume", "a.pt"])
@@ -157,7 +158,7 @@ def test_kill_and_resume_is_the_same_run_to_the_bit(whole, after):
     time.sleep(after)
     run.kill()
     run.wait()
-    assert read("a.pt")["step"] < 8 or "after" in read("a.pt")
+    assert read("a.pt")["step"] > 0
     if "after" not in read("a.pt"):
         train.main(["--resume", "a.pt"])
     assert same(tensors("a.pt"), tensors(whole))
@@ -224,7 +225,7 @@ def test_errors_say_what_would_be_right(flags, message, capsys):
 
 def test_no_run_is_overwritten_or_resumed_by_mistake():
     train.main([*SMALL, "--steps", "1", "--out", "a.pt"])
-    with pytest.raises(SystemExit, match="--out a.pt is there already"):
+    with pytest.raises(SystemExit, match="a.pt is there already"):
         train.main([*SMALL, "--steps", "1", "--out", "a.pt"])
     with pytest.raises(SystemExit, match="this run has ended after its 1 steps"):
         train.main(["--resume", "a.pt"])
