@@ -70,7 +70,12 @@ def test_dropout_is_drawn_for_every_element_of_the_adapter_path_only():
     close(layer(x), x @ (layer.base.weight + layer.delta_weight()).T + layer.base.bias)
 
 
-@pytest.mark.parametrize("rank", [0, 7, 2.5])
+def test_a_starts_kaiming_uniform():
+    A = LoRALinear(nn.Linear(400, 300), 50).A
+    assert A.abs().max() <= 1 / 20 and abs(A.std() * 20 * math.sqrt(3) - 1) < 0.02      # U(±1/√d_in), a = √5
+
+
+@pytest.mark.parametrize("rank", [0, 7, 2.5, 4.0])
 def test_rank_that_does_not_fit(rank):
     with pytest.raises(ValueError, match=rf"rank {rank} for a \(6, 9\) matrix: choose a whole number from 1 to 6"):
         LoRALinear(nn.Linear(9, 6), rank)
@@ -130,7 +135,7 @@ def test_gpt2_medium_with_rank_4_on_q_and_v_trains_393216_parameters():
 def test_inject_errors_leave_the_model_alone(gpt, change, message):
     with pytest.raises(ValueError, match=message):
         lora.inject(gpt, **change)
-    assert not lora.adapters(gpt)
+    assert not lora.adapters(gpt) and all(p.requires_grad for p in gpt.parameters())
     with pytest.raises(ValueError, match="adapters already"):
         lora.inject(lora.inject(gpt), rank=2)
 
@@ -155,6 +160,26 @@ def test_merge_and_unmerge(dtype):
     lora.unmerge(model)
     assert all(torch.equal(v, W[k]) for k, v in model.state_dict().items())
     assert torch.equal(model(idx)[0], apart)
+
+
+def test_a_merged_model_can_be_moved(gpt):
+    randomise(lora.inject(gpt.float(), rank=4))
+    W = gpt.h[0].attn.q.base.weight.clone()
+    lora.merge(gpt)
+    assert not any("kept" in k for k in gpt.state_dict())
+    gpt.double()
+    lora.unmerge(gpt)
+    assert torch.equal(gpt.h[0].attn.q.base.weight, W.double())
+    lora.remove(gpt)
+    with pytest.raises(ValueError, match="no adapters to save"):
+        lora.save(gpt, "nowhere.pt")
+
+
+def test_generation_is_without_dropout(gpt):
+    randomise(lora.inject(gpt, rank=4, dropout=0.5))
+    gpt.train()
+    with_dropout = gpt.generate([[1, 2, 3]] * 4, 8)
+    assert with_dropout == gpt.eval().generate([[1, 2, 3]] * 4, 8)
 
 
 def lora_off(model, idx):
@@ -226,14 +251,16 @@ def test_switching_tasks_in_place(gpt, tmp_path):
     (lambda s: s.update(layer="DoRALinear"), "made of DoRALinear: import the file that defines it"),
 ])
 def test_load_is_all_or_nothing(gpt, spoil, message):
-    randomise(lora.inject(gpt, "q v", rank=4))
-    saved = lora.state(gpt)
+    saved = lora.state(randomise(lora.inject(gpt, "q v", rank=4)))
+    lora.remove(gpt)
+    gpt.requires_grad_(True)
     saved["ranks"] = dict(saved["ranks"])
     spoil(saved)
     before = {k: v.clone() for k, v in gpt.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         lora.load(gpt, saved)
     assert all(torch.equal(v, before[k]) for k, v in gpt.state_dict().items())
+    assert all(p.requires_grad for p in gpt.parameters()) and not lora.adapters(gpt)
 
 
 def test_load_of_other_files(gpt, tmp_path):
@@ -253,8 +280,29 @@ def test_fingerprint():
     lora.merge(model)
     assert lora.fingerprint(model) == mark
     lora.remove(model)
-    model.h[1].ln_2.bias.data[3] += 1
-    assert lora.fingerprint(model) != mark
+    for change in (lambda m: m.h[1].ln_2.bias.data[3].add_(1), lambda m: m.wte.weight.data[5].neg_(),
+                   lambda m: m.set_submodule("h.0.attn.q2", m.h[0].attn.q) or delattr(m.h[0].attn, "q")):
+        other = random_gpt(dtype=torch.float32)
+        change(other)
+        assert lora.fingerprint(other) != mark
+
+
+def test_a_model_with_layers_called_base(tmp_path):
+    model = nn.ModuleDict({"base": nn.ModuleDict({"fc": nn.Linear(4, 4), "base": nn.Linear(4, 4)})})
+    mark = lora.fingerprint(model)
+    randomise(lora.inject(model, rank=2))
+    assert set(lora.adapters(model)) == {"base.fc", "base.base"} and lora.fingerprint(model) == mark
+    lora.save(model, tmp_path / "a.pt")
+    lora.load(model, tmp_path / "a.pt")
+
+
+def test_layers_whose_forward_nobody_calls_are_left_alone():
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    before = model(x)
+    lora.inject(model, rank=2)
+    assert set(lora.adapters(model)) == {"linear1", "linear2"}
+    close(model(x), before, tol=1e-6)       # torch has a fused path for the layer without adapters
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -83,6 +83,26 @@ def test_gradient_checkpointing_changes_nothing(gpt):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
+def test_gradient_checkpointing_keeps_less(gpt):
+    idx, sizes = torch.randint(257, (2, 9)), []
+    for flag in (False, True):
+        gpt.config, kept = replace(gpt.config, grad_checkpoint=flag), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            gpt(idx, idx)
+        sizes.append(sum(kept))
+    assert sizes[1] < 0.7 * sizes[0]
+
+
+def test_initial_weights():
+    model = GPT(replace(TINY, n_embd=64, n_layer=8))
+    for name, p in model.named_parameters():
+        if "ln_" in name or name.endswith("bias"):
+            assert (p == ("ln_" in name and name.endswith("weight"))).all()
+        else:
+            want = 0.02 / 4 if name.endswith(("attn.o.weight", "mlp.down.weight")) else 0.02    # 4 = √(2 · 8 layers)
+            assert abs(p.std() / want - 1) < 0.1, name
+
+
 def test_row_longer_than_the_block(gpt):
     with pytest.raises(ValueError, match="65 tokens does not fit the model's block of 64"):
         gpt(torch.zeros(1, 65, dtype=torch.long))
@@ -124,6 +144,10 @@ def test_generation_stops(gpt):
     stop = free[0][3]
     ended = gpt.generate(PROMPTS, 20, stop=stop)
     assert ended == [r[:r.index(stop)] if stop in r else r for r in free] and len(ended[0]) < 20
+    steps = []
+    gpt.ln_f.register_forward_hook(lambda *a: steps.append(1))
+    gpt.generate(PROMPTS[:1], 20, stop=stop)
+    assert len(steps) == len(ended[0]) + 1                              # and no longer
 
 
 def test_generation_fills_the_block_exactly(gpt):
@@ -132,6 +156,9 @@ def test_generation_fills_the_block_exactly(gpt):
         gpt.generate([[1] * 60], 6)
     with pytest.raises(ValueError, match="at least one token"):
         gpt.generate([[1], []], 6)
+    for wrong in (dict(temperature=-1), dict(temperature=1, top_k=0)):
+        with pytest.raises(ValueError, match="temperature .* must be at least 0 and top_k .* at least 1"):
+            gpt.generate([[1]], 6, **wrong)
 
 
 def test_sampling(gpt):
@@ -140,7 +167,8 @@ def test_sampling(gpt):
     torch.manual_seed(0)
     draws = torch.tensor(gpt.generate([[1, 2]] * 4000, 1, temperature=2.0)).flatten()
     share = torch.bincount(draws, minlength=257) / 4000
-    assert (share - probs).abs().max() < 5 * math.sqrt(0.25 / 4000)     # five standard deviations
+    assert ((share - probs).abs() < 5 * (probs * (1 - probs) / 4000).sqrt() + 1 / 4000).all()   # five standard deviations
+    assert probs.max() < 0.9 * (gpt(torch.tensor([[1, 2]]))[0][0, -1]).softmax(-1).max()        # the temperature matters
     top = set(probs.topk(3).indices.tolist())
     assert {r[0] for r in gpt.generate([[1, 2]] * 200, 1, temperature=2.0, top_k=3)} == top
     assert gpt.generate(PROMPTS, 9, temperature=1.0, top_k=1) == gpt.generate(PROMPTS, 9)
@@ -224,6 +252,14 @@ def test_no_network(monkeypatch):
         GPT.from_pretrained("gpt2-medium")
 
 
+def test_a_broken_download_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "gpt2.bin").write_text("<html>busy</html>")
+    with pytest.raises(ValueError, match="gpt2: the download is broken .* delete .*gpt2.bin and try again"):
+        GPT.from_pretrained("gpt2")
+
+
 def test_files_that_hold_no_model(tmp_path):
     with pytest.raises(FileNotFoundError, match="gpt3: no such file, and no preset either; presets are nano"):
         GPT.from_pretrained("gpt3")
@@ -234,6 +270,12 @@ def test_files_that_hold_no_model(tmp_path):
     torch.save({"adapter": {}}, tmp_path / "adapter.pt")
     with pytest.raises(ValueError, match="holds an adapter, not a model"):
         GPT.from_pretrained(tmp_path / "adapter.pt")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="empty.pt: not a complete file"):
+        GPT.from_pretrained(tmp_path / "empty.pt")
+    torch.save({"config": {"width": 3}, "model": {}}, tmp_path / "future.pt")
+    with pytest.raises(ValueError, match="its sizes are not GPTConfig's"):
+        GPT.from_pretrained(tmp_path / "future.pt")
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="holds a list"):
         GPT.from_pretrained(tmp_path / "list.pt")
