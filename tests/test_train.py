@@ -120,14 +120,15 @@ def test_evaluate_counts_tokens_and_exact_matches(monkeypatch):
     assert got["exact"] == 1 / 5
 
 
-def by_hand(flags, full, steps, lr, warmup, decay, beta2, clip, smoothing, batch, seed, mix, tasks, **adapter):
-    """The same training in plain PyTorch, without any of train.py: final tensors, losses, norms and learning rates."""
+def by_hand(full, steps, lr, warmup, decay, beta2, clip, smoothing, batch, seed, mix, tasks, **adapter):
+    """The same training in plain PyTorch, without any of train.py: tensors before and after; losses, norms and rates."""
     model, tok = GPT.from_pretrained("nano"), data.tokenizer(257)
     row = data.stream(data.load(tasks, tok, 512), seed, mix)
     if not full:
         torch.manual_seed(seed)
         lora.inject(model, "q v", 3, **adapter)
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    start = {k: p.detach().clone() for k, p in trained.items()}
     optimizer = torch.optim.AdamW([{"params": [p], "weight_decay": decay if p.dim() == 2 else 0} for p in trained.values()],
                                   lr=lr, betas=(0.9, beta2))
     entries = []
@@ -147,7 +148,7 @@ def by_hand(flags, full, steps, lr, warmup, decay, beta2, clip, smoothing, batch
             g["lr"] = now
         optimizer.step()
         entries.append((loss.item(), norm.item(), now))
-    return trained, entries
+    return start, trained, entries
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -156,16 +157,17 @@ def test_a_run_is_the_loop_written_out(full, smoothing, clip, mix):
     method = "--method full" if full else "--targets q v --rank 3 --alpha 7 --rslora"
     train.main(f"{method} --data add facts --steps 6 --lr 1e-3 --warmup 0.5 --weight_decay 0.3 --beta2 0.9 --clip {clip} --seed 5 "
                f"--label_smoothing {smoothing} --mix {mix} --batch_size 8 --eval_rows 2 --device cpu --out a.pt --grad_accum 2".split())
-    want, entries = by_hand(method, full, 6, 1e-3, 0.5, 0.3, 0.9, clip, smoothing, 8, 5, mix, ["add", "facts"],
+    start, want, entries = by_hand(full, 6, 1e-3, 0.5, 0.3, 0.9, clip, smoothing, 8, 5, mix, ["add", "facts"],
                             **{} if full else {"alpha": 7.0, "rslora": True})
     got = [json.loads(line) for line in open("a.jsonl")][:6]
     for line, (loss, norm, lr) in zip(got, entries):
         assert line["loss"] == pytest.approx(loss, rel=1e-4) and line["norm"] == pytest.approx(norm, rel=1e-3)
         assert line["lr"] == pytest.approx(lr, rel=1e-9)
     held = tensors("a.pt")
-    for k, p in want.items():       # float32 and six steps of Adam at 1e-3: 1 % of how far a weight can have moved
+    for k, p in want.items():
         if not k.endswith("attn.k.bias"):   # softmax does not see it: its gradient is nothing but rounding
-            assert (held[k] - p).abs().max() < 6e-5, k
+            moved = (p - start[k]).norm()   # float32, and Adam makes much of gradients near 0
+            assert 0 < moved and (held[k] - p).norm() < 0.01 * moved, k
 
 
 def test_every_setting_reaches_the_layers():
