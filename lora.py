@@ -65,13 +65,16 @@ class LoRALinear(nn.Module):
         return Bs @ A
 
     def forward(self, x):
-        h = self.base(x)                                            # (..., d_in) -> (..., d_out)
         if self.disabled or self.kept is not None:
-            return h
+            return self.base(x)
         Bs, A = self.factors()
-        z = F.linear(self.dropout(x), A.to(x.dtype))                # (..., d_in) -> (..., r)
-        # Bᵀ is made contiguous because its gradient is then zᵀ g, which CPUs do four times faster than gᵀ z
-        return h + z @ Bs.T.contiguous().to(x.dtype)                # (..., r) -> (..., d_out), equation 3
+        flat = x.reshape(-1, x.size(-1))                            # (..., d_in) -> (N, d_in)
+        h = self.base(flat)                                         # (N, d_out)
+        z = F.linear(self.dropout(flat), A.to(x.dtype))             # (N, r)
+        # equation 3 in one call. Bᵀ is made contiguous because its gradient is then zᵀ g, which CPUs do four
+        # times faster than gᵀ z
+        h = torch.addmm(h, z, Bs.T.contiguous().to(x.dtype))        # h + z Bᵀ
+        return h.view(*x.shape[:-1], -1)                            # (..., d_out)
 
     @torch.no_grad()
     def merge(self):
