@@ -4,8 +4,8 @@ LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021, arXiv 2106.0
     h = W x + b + ΔW · dropout(x)        ΔW = (B ∘ s) A,   s = α/r              (equation 3)
 
 W stays frozen. A (r, d_in) starts random and B (d_out, r) at zero, so training starts at the base model.
-MultiLoRA and AutoLoRA are the same layer with another s: their files override `scale()`, which may also
-return a factor per column of B, and the initialisation. Every method thus costs two thin products.
+MultiLoRA and AutoLoRA are the same layer with a learned s: their files override `scale()`, which may also
+return a factor per column of B, and how B starts. Every method thus costs two thin products.
 
 What differs from the paper and from loralib, the official code, and why:
 - A starts Kaiming-uniform with a=√5, as in loralib; the paper says Gaussian.
@@ -45,9 +45,6 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.disabled = False
         self.register_buffer("kept", None, persistent=False)        # W, while the base holds W + ΔW
-        self.reset_parameters()
-
-    def reset_parameters(self):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
 
