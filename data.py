@@ -14,7 +14,7 @@ import math
 import random
 import string
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -306,6 +306,18 @@ def load(names, tok, block_size, eval_rows=200):
         every = max(1, len(valid) // eval_rows)
         tasks.append(Task(name, train, [valid[i] for i in range(0, len(valid), every)][:eval_rows], note, text))
     return tasks
+
+
+def halves(tasks, share, seed):
+    """The tasks twice: with a random `share` of their training rows, and with the others. Raises ValueError."""
+    parts = [], []
+    for t in tasks:
+        order, n = np.random.default_rng([seed, len(t.train)]).permutation(len(t.train)), round(share * len(t.train))
+        if not 0 < n < len(t.train):
+            raise ValueError(f"--split {share:g}: of the {len(t.train)} rows of {t.name}, both parts need one at least")
+        for part, rows in zip(parts, (order[:n], order[n:])):
+            part.append(replace(t, train=torch.utils.data.Subset(t.train, rows)))
+    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
