@@ -2,6 +2,8 @@
 Adapt a GPT-2 to tasks, by full fine-tuning or through an adapter.
 
     python train.py                              # LoRA, offline, on a laptop
+    python train.py --method multilora --n_blocks 4
+    python train.py --method autolora            # searches each layer's rank
     python train.py --method full
     python train.py --model gpt2-medium --data data/e2e data/gsm8k
     torchrun --nproc_per_node 8 train.py --model gpt2-medium --data data/e2e
@@ -28,14 +30,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import autolora
 import data
 import lora
 from model import GPT, PRESETS, read
+from multilora import MultiLoRALinear
 
-# method: (the layer it puts in, None for full; learning rate up to width 256; above)
+# method: (the layer it puts in; that layer's settings; the other flags that only some methods have; learning rate up
+# to width 256; above)
 METHODS = {
-    "full": (None, 1e-3, 5e-5),
-    "lora": (lora.LoRALinear, 1e-2, 5e-4),
+    "full": (None, "", "scratch half", 1e-3, 5e-5),
+    "lora": (lora.LoRALinear, "alpha dropout rslora", "targets rank ranks", 1e-2, 5e-4),
+    "multilora": (MultiLoRALinear, "n_blocks scaling dropout", "targets rank", 1e-2, 5e-4),
+    "autolora": (autolora.AutoLoRALinear, "alpha dropout gate",
+                 "targets max_rank search_steps split hypergrad eta beta_lr", 1e-2, 5e-4),
 }
 
 
@@ -50,7 +58,7 @@ def parse(argv=None):
         check.__name__ = kind.__name__
         return check
 
-    rates = "; ".join(f"{method} {small:g}, {large:g}" for method, (_, small, large) in METHODS.items())
+    rates = "; ".join(f"{method} {small:g}, {large:g}" for method, (*_, small, large) in METHODS.items())
     p = argparse.ArgumentParser(description=__doc__, usage="python train.py [options]", allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("method").add_argument
@@ -58,8 +66,24 @@ def parse(argv=None):
     add("--targets", default=["all"], nargs="+", help="layers that get one: q k v o up down, or all (default)")
     add("--rank", default=16, type=number(int, 1), help="r, the rank of ΔW (default %(default)s)")
     add("--alpha", default=16.0, type=float, help="α: ΔW is scaled by α/r (default %(default)s)")
-    add("--rslora", action="store_true", help="scale by α/√r instead")
     add("--dropout", default=0.0, type=number(float, 0, 0.999), help="on the adapters' input (default %(default)s)")
+    add("--rslora", action="store_true", help="lora: scale by α/√r instead")
+    add("--ranks", metavar="CKPT", help="lora: the rank of each layer as in this checkpoint, which autolora left")
+    add("--n_blocks", default=4, type=number(int, 1), help="multilora: n, LoRAs side by side that share the rank "
+        "(default %(default)s)")
+    add("--scaling", default="scalar", choices=["scalar", "vector"], help="multilora: learn a factor for each block, or "
+        "for each block and row of ΔW (default %(default)s)")
+    add("--max_rank", default=16, type=number(int, 1), help="autolora: k, candidates of a layer (default %(default)s)")
+    add("--gate", default="softmax", choices=autolora.GATES, help="autolora: from β to the selection variables "
+        "(default %(default)s)")
+    add("--search_steps", default=200, type=number(int, 1), help="autolora: before the --steps that train at the ranks "
+        "found (default %(default)s)")
+    add("--split", default=0.7, type=number(float, 0, 1), help="autolora: share of the training rows that A and B are "
+        "searched on; β sees the others (default %(default)s)")
+    add("--hypergrad", default="forward", choices=autolora.HYPERGRADIENTS, help="autolora: the gradient for β "
+        "(default %(default)s)")
+    add("--eta", default=0.01, type=number(float, 0), help="autolora: η, step of the look-ahead (default %(default)s)")
+    add("--beta_lr", default=0.03, type=number(float, 0), help="autolora: learning rate of β (default %(default)s)")
 
     add = p.add_argument_group("model").add_argument
     add("--model", default="nano", help=f"{' '.join(PRESETS)}, or a file (default %(default)s)")
@@ -111,12 +135,14 @@ def parse(argv=None):
         extra = given - only - {flag}
         if getattr(args, flag) and extra:
             p.error(f"--{flag} takes its settings from the checkpoint: leave out --{' --'.join(sorted(extra))}")
-    if args.method == "full":
-        extra = given & {"targets", "rank", "alpha", "rslora", "dropout"}
-        if extra:
-            p.error(f"--method full trains all weights and has no --{' --'.join(sorted(extra))}")
-    elif args.scratch or args.half:
-        p.error(f"--{'scratch' if args.scratch else 'half'} goes with --method full")
+    for flag in given:
+        owners = [method for method, (_, settings, others, *_) in METHODS.items() if flag in f"{settings} {others}".split()]
+        if owners and args.method not in owners:
+            p.error(f"--{flag} goes with --method {' or '.join(owners)}, not with {args.method}")
+    if args.ranks and given & {"rank", "targets"}:
+        p.error("--ranks says which layers have which rank: leave out --rank and --targets")
+    if args.compile and args.method == "autolora" and args.hypergrad == "exact":
+        p.error("--hypergrad exact differentiates twice, which a compiled model cannot: leave out --compile")
     if not args.scratch and given & {"n_layer", "n_embd"}:
         p.error("--n_layer and --n_embd go with --scratch")
     if args.prompt and not args.eval:
@@ -164,7 +190,7 @@ def base_model(args):
 
 def adapt(model, args, device, held=None):
     """Move the model to its device and put the method's layers in, or those that a checkpoint holds."""
-    layer = METHODS[args.method][0]
+    layer, settings, *_ = METHODS[args.method]
     if layer is None:
         if held:
             model.load_state_dict(held["model"])
@@ -172,9 +198,19 @@ def adapt(model, args, device, held=None):
     model.to(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)  # W is not trained, so it may be bf16
     if held:
         return lora.load(model, held["adapter"])
+    rank = args.max_rank if args.method == "autolora" else ranks_of(args.ranks) if args.ranks else args.rank
     torch.manual_seed(args.seed)
-    settings = {"alpha": args.alpha, "dropout": args.dropout, "rslora": args.rslora}
-    return lora.inject(model, " ".join(args.targets), args.rank, layer, **settings)
+    return lora.inject(model, " ".join(args.targets), rank, layer, **{k: getattr(args, k) for k in settings.split()})
+
+
+def ranks_of(path):
+    """{name: rank} of the adapter in a checkpoint."""
+    held = read(path)
+    if "adapter" not in held:
+        raise ValueError(f"--ranks {path}: no adapter in it")
+    if held["adapter"]["layer"] == "AutoLoRALinear":
+        raise ValueError(f"--ranks {path}: its search has not ended; --resume it")
+    return held["adapter"]["ranks"]
 
 
 def autocast(args, device):
@@ -279,24 +315,19 @@ class Run:
         if args.epochs is not None:
             args.steps = math.ceil(args.epochs * self.n_rows / args.batch_size)
         if args.lr is None:
-            args.lr = METHODS[args.method][1 if model.config.n_embd <= 256 else 2]
+            args.lr = METHODS[args.method][-2 if model.config.n_embd <= 256 else -1]
         self.size = sum(p.numel() for p in model.parameters())
         self.base = held["base"] if held else lora.fingerprint(model)
-        self.model = adapt(model, args, self.device, held)
-
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in self.trained if p.ndim > 1], "weight_decay": args.weight_decay},
-                  {"params": [p for p in self.trained if p.ndim <= 1], "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=(0.9, args.beta2),
-                                           fused=True)
+        self.searches = args.search_steps if args.method == "autolora" else 0       # steps that come before args.steps
+        self.search = {"steps": [], "beta": torch.empty(0)}
+        if self.searches:
+            self.halves = [data.stream(part, args.seed, args.mix) for part in data.halves(self.tasks, args.split, args.seed)]
+        self.row, self.seen = data.stream(self.tasks, args.seed, args.mix), 0
         self.start, self.before, self.after = 0, None, None
+        self.prepare(adapt(model, args, self.device, held))
         if held:
             self.optimizer.load_state_dict(held["optimizer"])
-            self.start, self.before = held["step"], held["before"]
-        self.net = torch.nn.parallel.DistributedDataParallel(self.model) if self.world > 1 else self.model
-        if args.compile:
-            self.net = torch.compile(self.net)
-        self.row, self.seen = data.stream(self.tasks, args.seed, args.mix), 0
+            self.start, self.before, self.search = held["step"], held["before"], held["search"]
 
         if held is None and args.out is None:
             names = (f"out/{args.method}{f'-{i}' * (i > 1)}.pt" for i in itertools.count(1))
@@ -309,6 +340,20 @@ class Run:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             open(f"{args.out}.part", "wb").close()  # a place that cannot be written to is found before the work
 
+    def prepare(self, model):
+        """Make `model` the one that is trained: optimizer, processes, compilation."""
+        a, self.model = self.args, model
+        self.beta = [p for name, p in model.named_parameters() if name.endswith(".beta")]       # AutoLoRA's, in the search
+        self.trained = [p for p in model.parameters() if p.requires_grad and all(p is not b for b in self.beta)]
+        groups = [{"params": [p for p in self.trained if p.ndim > 1], "weight_decay": a.weight_decay, "lr": a.lr},
+                  {"params": [p for p in self.trained if p.ndim <= 1], "weight_decay": 0.0, "lr": a.lr},
+                  {"params": self.beta, "weight_decay": 0.0, "lr": a.beta_lr}]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, a.beta2), fused=True)
+        self.ddp = self.world > 1 and not self.beta                     # the search sums its gradients itself
+        self.net = torch.nn.parallel.DistributedDataParallel(model) if self.ddp else model
+        if a.compile:
+            self.net = torch.compile(self.net)
+
     def say(self, *lines, **options):
         if self.rank == 0:
             print(*lines, **options, flush=True)
@@ -317,14 +362,20 @@ class Run:
         a, n = self.args, sum(p.numel() for p in self.trained)
         self.say(f"model    {a.model}{' from scratch' * a.scratch}, {self.size / 1e6:.2f} M parameters, "
                  f"rows of up to {a.block_size} {self.tok.name} tokens")
-        adapter = f": rank {a.rank}, alpha {a.alpha:g}{', rslora' * a.rslora}, on {' '.join(a.targets)}"
-        self.say(f"method   {a.method}{adapter * (a.method != 'full')}")
+        on = f"on {' '.join(a.targets)}"
+        adapter = {"full": "",
+                   "lora": f": rank{f's of {a.ranks}' if a.ranks else f' {a.rank} {on}'}, alpha {a.alpha:g}{', rslora' * a.rslora}",
+                   "multilora": f": {a.n_blocks} blocks of rank {a.rank // a.n_blocks}, {a.scaling} scaling, {on}",
+                   "autolora": f": {a.max_rank} candidates {on}, alpha {a.alpha:g}, {a.gate} gate"}
+        self.say(f"method   {a.method}{adapter[a.method]}")
         self.say(f"trains   {n:,} parameters, {100 * n / self.size:.2f} % of the model")
         self.say(f"device   {self.device}{f', {self.world} processes' * (self.world > 1)}, {a.dtype}"
                  f"{', compiled' * a.compile}")
         self.say(f"data     {len(self.tasks)} task{'s' * (len(self.tasks) > 1)}, {self.n_rows:,} rows, {a.mix} shares")
         for t in self.tasks:
             self.say(f"         {t.name}: {len(t.train):,} rows{'; ' * bool(t.note)}{t.note}")
+        if self.searches:
+            self.say(f"search   {a.search_steps} steps ({a.hypergrad}, η {a.eta:g}) with β on {100 - 100 * a.split:g} % of the rows")
         self.say(f"run      {a.steps} steps of {a.batch_size} rows, learning rate {a.lr:g}, to {a.out}\n")
 
     def save(self, step):
@@ -341,7 +392,8 @@ class Run:
             held = {"config": asdict(self.model.config), "model": weights}
         else:
             held = {"adapter": lora.state(self.model)}
-        held |= {"args": vars(self.args), "step": step, "base": self.base, "data": self.data, "before": self.before}
+        held |= {"args": vars(self.args), "step": step, "base": self.base, "data": self.data, "before": self.before,
+                 "search": self.search}
         held |= {"after": self.after} if self.after else {"optimizer": self.optimizer.state_dict()}
         lora.write(held, self.args.out)
 
@@ -350,39 +402,77 @@ class Run:
             return {}
         return evaluate(self.model, self.tasks, self.tok, self.args, self.device, generate)
 
-    def update(self, step, stop):
+    def losses(self, row, step):
         """
-        One optimizer step. Returns the loss, the gradient's norm and whether any process was asked to stop.
-        Exits, before the weights are touched, where loss or norm is not finite.
+        The loss of a step's rows in parts, of which the sum over the parts and the processes is the mean over the
+        tokens. What dropout draws is the same at every call.
         """
         a = self.args
-        torch.manual_seed(random.Random(f"{a.seed} {step} {self.rank}").getrandbits(60))    # dropout's
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, a)
-        batch = [self.row(step * a.batch_size + i) for i in range(a.batch_size)]
+        torch.manual_seed(random.Random(f"{a.seed} {step} {self.rank}").getrandbits(60))
+        batch = [row(step * a.batch_size + i) for i in range(a.batch_size)]
         self.seen += sum(len(r.ids) - 1 for r in batch)
         counted = sum(len(r.ids) - r.given for r in batch)
         mine, part = batch[self.rank::self.world], a.batch_size // (a.grad_accum * self.world)
-        total = torch.tensor([0.0, stop], device=self.device)               # loss, processes that were asked to stop
         for i in range(0, len(mine), part):
             rows = mine[i:i + part]
             idx, targets = data.collate(rows, self.device)
-            # so that the sum over parts and processes is the mean over all the step's tokens
             share = sum(len(r.ids) - r.given for r in rows) / counted
+            with autocast(a, self.device):
+                loss = self.net(idx, targets, a.label_smoothing)[1] * share
             last = i + part == len(mine)
-            with contextlib.nullcontext() if last or self.world == 1 else self.net.no_sync():
-                with autocast(a, self.device):
-                    loss = self.net(idx, targets, a.label_smoothing)[1] * share
-                (loss * self.world).backward()                              # DDP takes the mean over the processes
-            total[0] += loss.detach()
+            with contextlib.nullcontext() if last or not self.ddp else self.net.no_sync():
+                yield loss
+
+    def update(self, step, stop):
+        """One optimizer step of the training; see `apply`."""
+        total = 0.0
+        for loss in self.losses(self.row, step):
+            (loss * self.world).backward()                              # DDP takes the mean over the processes
+            total += loss.detach()
+        return self.apply(total, learning_rate(step, self.args.steps, self.args), step, stop)
+
+    def update_search(self, step, stop):
+        """One optimizer step of AutoLoRA's search: ω, all A and B, on one part of the rows, β on the other."""
+        a = self.args
+        train, valid = (lambda row=row: self.losses(row, step) for row in self.halves)
+        total, g, h = autolora.hypergradient(train, valid, self.trained, self.beta, a.eta, a.hypergrad)
+        for p, grad in zip([*self.trained, *self.beta], [*g, *h]):
+            p.grad = grad
+        result = self.apply(total, learning_rate(step, a.search_steps, a), step, stop)
+        if (step + 1) % max(1, a.search_steps // 100) == 0:
+            now = torch.stack([b.detach().cpu() for b in self.beta])[None]              # (1, layers, k)
+            self.search = {"steps": [*self.search["steps"], step + 1], "beta": torch.cat([self.search["beta"], now])}
+        return result
+
+    def retrain(self):
+        """From AutoLoRA's search to its training: a fresh LoRA at the ranks found. Returns them."""
+        a, found = self.args, autolora.ranks(self.model)
+        self.search |= {"ranks": found}
+        self.say(f"\n\n{autolora.table(found, a.max_rank)}\n\ntraining a fresh LoRA of these ranks on all rows ...")
+        lora.remove(self.model)
+        torch.manual_seed(a.seed)
+        self.prepare(lora.inject(self.model, rank=found, alpha=a.alpha, dropout=a.dropout).train())
+        return found
+
+    def apply(self, loss, lr, step, stop):
+        """
+        Take the step that the gradients ask for. Returns the loss, the gradient's norm and whether any process was
+        asked to stop. Exits, before the weights are touched, where loss or norm is not finite.
+        """
+        a = self.args
+        total = torch.stack([loss, torch.tensor(float(stop), device=self.device)])
         if self.world > 1:
             dist.all_reduce(total)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, a.clip or math.inf)
-        loss, stop, norm = torch.cat([total, norm.view(1)]).tolist()
-        if not math.isfinite(loss + norm):
+        norm_beta = torch.nn.utils.get_total_norm([p.grad for p in self.beta]).to(self.device)
+        loss, stop, norm, norm_beta = torch.stack([*total, norm, norm_beta]).tolist()
+        if not math.isfinite(loss + norm + norm_beta):
             sys.exit(f"\ntrain.py: step {step + 1}: the loss is {loss} and the norm of its gradient {norm}: not finite, "
                      f"so the run stops.\nTry a lower --lr than {a.lr:g}, or more --warmup. "
                      f"The last good checkpoint is {a.out}")
+        for group in self.optimizer.param_groups:
+            if group["params"][0] is not (self.beta or [None])[0]:
+                group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm, bool(stop)
@@ -410,25 +500,33 @@ class Run:
             asked = stack.enter_context(stop_signals())
             busy, live = 0.0, sys.stdout.isatty()
             self.model.train()
-            for step in range(self.start, a.steps):
-                began = time.time()
-                loss, norm, stop = self.update(step, bool(asked))
+            cost = {"first-order": 2, "forward": 3}.get(a.hypergrad, 4)        # of a search step, in steps
+            work = lambda step: cost * min(step, self.searches) + max(0, step - self.searches)
+            for step in range(self.start, total := self.searches + a.steps):
+                began, done, searching = time.time(), step + 1, step < self.searches
+                if searching:
+                    loss, norm, stop = self.update_search(step, bool(asked))
+                    head = f"search {done:>{len(str(a.search_steps))}}/{a.search_steps}"
+                else:
+                    loss, norm, stop = self.update(step - self.searches, bool(asked))
+                    head = f"step {done - self.searches:>{len(str(a.steps))}}/{a.steps}"
                 busy += time.time() - began
-                done, rate = step + 1, self.seen / busy
-                left = round(busy / (done - self.start) * (a.steps - done))
+                rate = self.seen / busy
+                left = round(busy / (work(done) - work(self.start)) * (work(total) - work(done)))
                 note(step=done, loss=loss, norm=norm, lr=self.optimizer.param_groups[0]["lr"], tokens_per_s=rate)
-                head = f"step {done:>{len(str(a.steps))}}/{a.steps}"
                 text = f"{head}  loss {loss:7.4f}  {rate:9,.0f} tokens/s  {left // 60:3}:{left % 60:02} left"
                 if live:
                     self.say(f"\r{text:<79}", end="")
-                elif done % max(1, min(100, a.steps // 10)) == 0:
+                elif done % max(1, min(100, total // 10)) == 0:
                     self.say(text)
-                if done % a.eval_every == 0 and done < a.steps:
+                if done % a.eval_every == 0 and done < total:
                     held_out = {name: r["loss"] for name, r in self.evaluate().items()}
                     note(step=done, held_out=held_out)
                     text = f"{head}  held-out loss {sum(held_out.values()) / max(1, len(held_out)):.4f}"
                     self.say(f"\r{text:<79}" if live else text)
-                if done % a.eval_every == 0 or done == a.steps or stop:
+                if done == self.searches:
+                    note(step=done, ranks=self.retrain())
+                if done % a.eval_every == 0 or done in (self.searches, total) or stop:
                     self.save(done)
                 if stop:
                     self.say(f"\nstopped after step {done}; to go on: python train.py --resume {a.out}")
@@ -436,8 +534,14 @@ class Run:
             self.after, shown = self.evaluate(generate=True), []
             if self.rank == 0:
                 shown = complete(self.model, first_rows(self.tasks, 3 if len(self.tasks) < 3 else 1), self.tok, a, self.device)
-            self.save(a.steps)
-            note(step=a.steps, seconds=busy, before=self.before, after=self.after, samples=shown)
+            self.save(total)
+            note(step=total, seconds=busy, before=self.before, after=self.after, samples=shown)
+            if self.searches:
+                layers, k = lora.adapters(self.model).values(), a.max_rank
+                uniform = sum(k * (m.A.size(1) + m.B.size(0)) for m in layers)
+                n = sum(p.numel() for p in self.trained)
+                shown += ["", autolora.table(self.search["ranks"], k), f"{n:,} parameters, {100 * n / uniform:.0f} % of the "
+                          f"{uniform:,} at rank {k} everywhere"]
         if self.rank == 0:
             size = f"{Path(a.out).stat().st_size / 1e6:.2f} MB{', the adapter alone' * (a.method != 'full')}"
             self.say("\n" * live, table(self.tasks, self.before, self.after), "", *shown, "",
@@ -458,10 +562,10 @@ def step_of(line):
         return math.inf
 
 
-def learning_rate(step, args):
-    """Linear up to args.lr over the warm-up, then linear down to 0 after the last step."""
-    warm = args.warmup * args.steps
-    return args.lr * min((step + 1) / (warm + 1), (args.steps - step) / max(args.steps - warm, 1))
+def learning_rate(step, steps, args):
+    """Linear up to args.lr over the warm-up, then linear down to 0 after the last of `steps`."""
+    warm = args.warmup * steps
+    return args.lr * min((step + 1) / (warm + 1), (steps - step) / max(steps - warm, 1))
 
 
 @contextlib.contextmanager

@@ -6,17 +6,25 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import autolora
 import data
 import lora
 import train
+from autolora import AutoLoRALinear
 from conftest import ROOT, TINY, random_gpt
 from model import GPT, read
 
-SMALL = "--data instruct facts --batch_size 8 --eval_rows 4 --rank 2 --device cpu".split()
+METHODS = {"lora": ["--rank", "2"], "multilora": ["--rank", "2", "--n_blocks", "2"],
+           "autolora": "--max_rank 2 --search_steps 4 --eta 0.1".split(), "full": []}
+ROWS = "--data instruct facts --batch_size 8 --eval_rows 4 --device cpu".split()
+SMALL = [*ROWS, "--rank", "2"]
 HARD = [*SMALL, "--steps", "8", "--dropout", "0.3", "--grad_accum", "2", "--eval_every", "1", "--warmup", "0.5"]
 
 
@@ -40,29 +48,31 @@ def losses(path):
 
 # one run
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run(method, capsys):
-    flags = [f for f in SMALL if f not in ("--rank", "2")] if method == "full" else SMALL
-    after = train.main([*flags, "--method", method, "--steps", "30", "--eval_every", "10"])
+    flags, searched = ["--method", method, *METHODS[method], *ROWS], 4 if method == "autolora" else 0
+    after = train.main([*flags, "--steps", "30", "--eval_every", "10", "--warmup", "0"])
     held, out = read(f"out/{method}.pt"), capsys.readouterr().out
-    assert held["step"] == 30 and held["after"] == after and "optimizer" not in held
+    assert held["step"] == 30 + searched and held["after"] == after and "optimizer" not in held
     for task in ("instruct", "facts"):
         assert after[task]["loss"] < held["before"][task]["loss"] and 0 <= after[task]["exact"] <= 1
         assert f"{after[task]['loss']:9.3f}" in out
     lines = [json.loads(line) for line in open(f"out/{method}.jsonl")]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 31))
-    assert [line["step"] for line in lines if "held_out" in line] == [10, 20] and lines[-1]["after"] == after
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 31 + searched))
+    assert [line["step"] for line in lines if "held_out" in line] == [10, 20, 30][:2 + bool(searched)]
+    assert lines[-1]["after"] == after
     assert all(len(line) <= 79 for line in out.splitlines() if not line.startswith(("data ", "  ")))
     base = GPT.from_pretrained("nano")
     assert held["base"] == lora.fingerprint(base)
-    if method == "lora":
-        assert set(tensors("out/lora.pt")) == {f"{n}.{m}" for n in lora.adapters(lora.inject(base, rank=1)) for m in "AB"}
-        assert os.path.getsize("out/lora.pt") < 0.15 * os.path.getsize(ROOT / "pretrained" / "nano.pt")
-    else:  # the checkpoint is a model like any other
+    if method == "full":  # the checkpoint is a model like any other
         assert all(torch.equal(v, held["model"][k]) for k, v in GPT.from_pretrained("out/full.pt").state_dict().items())
+    else:
+        own = "ABs" if method == "multilora" else "AB"
+        assert set(tensors(f"out/{method}.pt")) == {f"{n}.{m}" for n in lora.adapters(lora.inject(base, rank=1)) for m in own}
+        assert os.path.getsize(f"out/{method}.pt") < 0.15 * os.path.getsize(ROOT / "pretrained" / "nano.pt")
     # a second run takes the next name, and never the first one's
-    train.main([*flags, "--method", method, "--steps", "1"])
-    assert os.path.exists(f"out/{method}-2.pt") and read(f"out/{method}.pt")["step"] == 30
+    train.main([*flags, "--steps", "1"])
+    assert os.path.exists(f"out/{method}-2.pt") and read(f"out/{method}.pt")["step"] == 30 + searched
     assert train.main(["--eval", f"out/{method}.pt"]) == after
     train.main(["--eval", f"out/{method}.pt", "--prompt", "copy abc", "shout a"])
     assert capsys.readouterr().out.count("-> ") >= 2
@@ -100,7 +110,7 @@ def test_parts_do_not_change_the_step():
 
 def test_learning_rate():
     args = train.parse("--steps 100 --lr 1 --warmup 0.1".split())[0]
-    lr = [train.learning_rate(i, args) for i in range(100)]
+    lr = [train.learning_rate(i, 100, args) for i in range(100)]
     assert lr[0] == pytest.approx(1 / 11) and max(lr) == lr[10] == 1 and lr[55] == pytest.approx(0.5) and lr[99] == pytest.approx(1 / 90)
     assert min(b - a for a, b in zip(lr, lr[1:11])) > 0 > max(b - a for a, b in zip(lr[10:], lr[11:]))
 
@@ -186,7 +196,7 @@ def test_dropout_acts_in_training_only():
 def test_epochs_and_learning_rates_by_default():
     train.main("--data facts --epochs 0.5 --batch_size 8 --eval_rows 2 --device cpu --rank 1".split())
     held = read("out/lora.pt")
-    assert held["step"] == 4 and held["args"]["lr"] == train.METHODS["lora"][1]     # 64 facts, half of them, 8 a step
+    assert held["step"] == 4 and held["args"]["lr"] == train.METHODS["lora"][-2]     # 64 facts, half of them, 8 a step
 
 
 def test_eval_measures_the_base_too(capsys):
@@ -292,6 +302,118 @@ def test_two_processes_are_one(tmp_path):
     assert max((one[k] - two[k]).abs().max() for k in one) < 1e-4
 
 
+# AutoLoRA: a search, then a training at the ranks found
+
+AUTO = "--method autolora --max_rank 4 --search_steps 4 --eta 0.5 --beta_lr 0.5 --steps 3 --warmup 0".split() + ROWS
+
+
+def search_by_hand(steps, lr, beta_lr, eta, seed, clip):
+    """The search without train.py and without autolora.hypergradient: β after every step."""
+    model, tok = GPT.from_pretrained("nano"), data.tokenizer(257)
+    rows = [data.stream(part, seed) for part in data.halves(data.load(["instruct", "facts"], tok, 512), 0.7, seed)]
+    torch.manual_seed(seed)
+    lora.inject(model, "all", 4, AutoLoRALinear)
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    ω, β = ({n: p for n, p in own.items() if n.endswith(".beta") == isβ} for isβ in (False, True))
+    optimizer = torch.optim.AdamW([{"params": ω.values(), "lr": lr}, {"params": β.values(), "lr": beta_lr, "weight_decay": 0}],
+                                  weight_decay=0.01)
+    history = []
+    for step in range(steps):
+        batch = [data.collate([row(step * 8 + i) for i in range(8)]) for row in rows]
+        loss = lambda params, part: functional_call(model, params, batch[part])[1]
+        with sdpa_kernel(SDPBackend.MATH):
+            g = torch.autograd.grad(loss(ω | β, 0), ω.values(), create_graph=True)
+            ahead = {n: p - eta * d for (n, p), d in zip(ω.items(), g)}
+            h = torch.autograd.grad(loss(ahead | β, 1), β.values())         # through ω', not by a formula
+        for p, d in zip([*ω.values(), *β.values()], [*g, *h]):
+            p.grad = d.detach()
+        torch.nn.utils.clip_grad_norm_(ω.values(), clip)
+        optimizer.param_groups[0]["lr"] = lr * (steps - step) / steps
+        optimizer.step()
+        history.append(torch.stack([p.detach().clone() for p in β.values()]))
+    return torch.stack(history), {n: p.detach() for n, p in ω.items()}
+
+
+@pytest.mark.parametrize("hypergrad", ["exact", "central"])
+def test_the_search_is_the_one_by_hand(hypergrad, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-2))     # else it makes steps of rounding
+    found = {}
+    monkeypatch.setattr(autolora, "ranks", lambda model: found.update(
+        {n: p.detach().clone() for n, p in model.named_parameters()}) or {n: 1 for n in lora.adapters(model)})
+    train.main([*AUTO, "--lr", "1e-2", "--hypergrad", hypergrad, "--clip", "0.5"])
+    want, ω = search_by_hand(4, 1e-2, 0.5, 0.5, seed=0, clip=0.5)
+    got = read("out/autolora.pt")["search"]
+    assert got["steps"] == [1, 2, 3, 4] and got["beta"].shape == want.shape == (4, 24, 4)
+    assert want[-1].norm() > 1 and (got["beta"] - want).norm() < 0.01 * want.norm()
+    assert all((found[n] - p).norm() < 0.01 * p.norm() for n, p in ω.items())
+
+
+def test_the_ranks_found_are_those_of_the_last_beta_and_can_be_used_again(capsys):
+    train.main([*AUTO, "--alpha", "5", "--dropout", "0.2"])
+    held, out = read("out/autolora.pt"), capsys.readouterr().out
+    a = torch.softmax(held["search"]["beta"][-1].double(), -1)
+    assert list(held["search"]["ranks"].values()) == (a >= 1 / 4).sum(-1).tolist()
+    assert held["adapter"]["ranks"] == held["search"]["ranks"] and held["adapter"]["layer"] == "LoRALinear"
+    assert held["adapter"]["settings"] == {"alpha": 5.0, "dropout": 0.2}
+    lines = [json.loads(line) for line in open("out/autolora.jsonl")]
+    assert [line for line in lines if "ranks" in line] == [{"step": 4, "ranks": held["search"]["ranks"]}]
+    n = sum(t.numel() for t in held["adapter"]["tensors"].values())
+    assert out.count("ranks, of 4 ") == 2 and f"{n:,} parameters, {100 * n / 36864:.0f} % of the 36,864 at rank 4 everywhere" in out
+    train.main([*ROWS, "--ranks", "out/autolora.pt", "--alpha", "5", "--dropout", "0.2", "--steps", "3", "--warmup", "0"])
+    assert same(tensors("out/lora.pt"), tensors("out/autolora.pt"))                 # the same training, to the bit
+    train.main([*ROWS, "--ranks", "out/lora.pt", "--steps", "1"])                   # of any adapter
+
+
+def test_without_eta_every_hypergradient_is_first_order():
+    for how in ("forward", "first-order", "exact"):
+        train.main([*AUTO, "--eta", "0", "--hypergrad", how, "--out", f"{how}.pt"])
+        assert torch.equal(read(f"{how}.pt")["search"]["beta"], read("forward.pt")["search"]["beta"])
+        assert same(tensors(f"{how}.pt"), tensors("forward.pt"))
+    train.main([*AUTO, "--hypergrad", "first-order", "--out", "ahead.pt"])
+    assert not torch.equal(read("ahead.pt")["search"]["beta"], read("forward.pt")["search"]["beta"])
+
+
+def test_parts_do_not_change_the_search():
+    for n in "14":
+        train.main([*AUTO, "--grad_accum", n, "--out", f"{n}.pt"])
+    a, b = (read(f"{n}.pt")["search"]["beta"] for n in "14")
+    assert (a - b).norm() < 0.02 * a.norm()     # float32: the finite difference makes more of its rounding
+
+
+@pytest.mark.parametrize("stop", [0, 2, 3, 4, 5])
+@pytest.mark.parametrize("method", ["multilora", "autolora"])
+def test_every_phase_resumes_to_the_bit(method, stop, monkeypatch):
+    flags = [*AUTO, "--split", "0.5"] if method == "autolora" else ["--method", method, *METHODS[method], *ROWS, "--steps", "7"]
+    flags += "--dropout 0.3 --grad_accum 2 --eval_every 1 --targets q v --warmup 0.3".split()
+    train.main([*flags, "--out", "whole.pt"])
+    write = lora.write
+    with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+        m.setattr(lora, "write", lambda obj, path: write(obj, path) if obj["step"] <= stop else 1 / 0)
+        train.main([*flags, "--out", "a.pt"])
+    assert read("a.pt")["step"] == stop
+    if method == "autolora" and stop < 4:
+        with pytest.raises(SystemExit, match="--ranks a.pt: its search has not ended; --resume it"):
+            train.main([*ROWS, "--ranks", "a.pt"])
+        train.main(["--eval", "a.pt"])
+    train.main(["--resume", "a.pt"])
+    assert same(tensors("a.pt"), tensors("whole.pt")) and losses("a.jsonl") == losses("whole.jsonl")
+    if method == "autolora":
+        a, b = (read(path)["search"] for path in ("a.pt", "whole.pt"))
+        assert torch.equal(a["beta"], b["beta"]) and a["steps"] == b["steps"] and a["ranks"] == b["ranks"]
+
+
+def test_a_search_in_two_processes_is_the_one_in_one():
+    flags = [*AUTO, "--grad_accum", "2", "--hypergrad", "exact"]
+    train.main([*flags, "--out", "one.pt"])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone",
+                    str(ROOT / "train.py"), *flags, "--out", "two.pt"], check=True)
+    one, two = (read(path)["search"]["beta"] for path in ("one.pt", "two.pt"))
+    assert (one[0] - two[0]).norm() < 0.1 * one[0].norm()       # Adam makes steps of rounding, but of few elements
+    for a, b in zip(map(json.loads, open("one.jsonl")), map(json.loads, open("two.jsonl")), strict=True):
+        for key in {"loss", "norm"} & a.keys():
+            assert abs(a[key] - b[key]) < 0.01 * a[key]
+
+
 # errors
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint():
@@ -312,13 +434,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     ("--n_head 8", "nano has 4 heads, not 8"),
     ("--out /proc/a.pt", "No such file or directory: '/proc/a.pt.part'"),
     (f"--model {ROOT / 'requirements.txt'}", "requirements.txt: not a complete file of tensors"),
+    ("--method multilora --n_blocks 3", "rank 16 in 3 blocks of equal rank: choose --n_blocks from 1 2 4 8 16, or another rank"),
+    ("--method autolora --max_rank 200", "h.0.attn.q: rank 200 for a (128, 128) matrix"),
+    ("--method autolora --split 0.001", "--split 0.001: of the 64 rows of facts, both parts need one at least"),
+    ("--ranks none.pt", "none.pt: no such file"),
+    (f"--ranks {ROOT / 'pretrained/nano.pt'}", "nano.pt: no adapter in it"),
     ("--method full --scratch --model gpt5", "--scratch --model gpt5: no such preset; choose from nano"),
     # these come from argparse
-    ("--method full --rank 3", "--method full trains all weights and has no --rank"),
+    ("--method full --rank 3", "--rank goes with --method lora or multilora, not with full"),
+    ("--n_blocks 4", "--n_blocks goes with --method multilora, not with lora"),
+    ("--method multilora --alpha 4", "--alpha goes with --method lora or autolora, not with multilora"),
+    ("--method autolora --rank=4", "--rank goes with --method lora or multilora, not with autolora"),
+    ("--method lora --search_steps 4", "--search_steps goes with --method autolora, not with lora"),
+    ("--ranks a.pt --rank 4", "--ranks says which layers have which rank: leave out --rank and --targets"),
+    ("--method autolora --hypergrad exact --compile", "differentiates twice, which a compiled model cannot"),
     ("--resume a.pt --lr 1", "--resume takes its settings from the checkpoint: leave out --lr"),
     ("--eval a.pt --rank 1", "--eval takes its settings from the checkpoint: leave out --rank"),
     ("--prompt hello", "--prompt goes with --eval"),
-    ("--scratch", "--scratch goes with --method full"),
+    ("--scratch", "--scratch goes with --method full, not with lora"),
+    ("--half --method autolora", "--half goes with --method full, not with autolora"),
     ("--n_layer 2", "--n_layer and --n_embd go with --scratch"),
     ("--rank 0", "--rank: 0 is not between 1 and inf"),
     ("--steps 5 --epochs 1", "not allowed with argument"),
