@@ -14,9 +14,10 @@ A layer's rank is then the number of j with aⱼ ≥ 1/k, and a fresh LoRA of th
 
 What differs from the official code, and why:
 - s = α a, so that at the start, β = 0, the layer is LoRA of rank k to the letter. The official code has α/k · a.
-- The threshold is applied to the a of the forward pass; one official script applies it to β.
+- The threshold is applied to the a of the forward pass. The official script for GLUE applies it to β / Σβ.
 - One pass over the training rows serves the look-ahead ω', the real step and, with `forward`, one end of the finite
-  difference: three passes an iteration. The official code takes five.
+  difference: three passes an iteration. The official code takes five, because its real step comes after β's and so
+  needs a pass of its own, and its ω' is a step of its optimizer where ours is the equation's plain gradient step.
 - The ranks come out as a dict that `lora.inject` takes. The official code has them pasted into a list by hand.
 """
 import torch
@@ -28,10 +29,11 @@ import lora
 
 # {name: (a from β, β at which a = 1/k)}; the second and third are the paper's ablations
 GATES = {
-    "softmax": (lambda β: torch.softmax(β, 0), lambda k: 0.0),
-    "sigmoid": (torch.sigmoid, lambda k: torch.logit(torch.tensor(1 / k))),
-    "none": (lambda β: β, lambda k: 1 / k),
+    "softmax": (lambda beta: beta.softmax(0), lambda k: 0.0),
+    "sigmoid": (torch.sigmoid, lambda k: torch.logit(torch.tensor(1 / k, dtype=torch.float64))),
+    "none": (lambda beta: beta, lambda k: 1 / k),
 }
+HYPERGRADIENTS = ("exact", "central", "forward", "first-order")
 
 
 class AutoLoRALinear(lora.LoRALinear):
@@ -57,18 +59,19 @@ class AutoLoRALinear(lora.LoRALinear):
 
     @torch.no_grad()
     def kept_candidates(self):
-        """(k,) booleans: a ≥ 1/k, but for rounding; and the largest in any case."""
+        """(k,) booleans: a ≥ 1/k, and the largest in any case: at the start, where all are equal, all of them."""
         a = self.selection()
-        return (a * self.rank >= 1 - 1e-6) | (a == a.max())
+        return (a >= 1 / self.rank) | (a == a.max())
 
 
 def hypergradient(train, valid, omega, beta, eta, how="forward"):
     """
     One iteration's loss and gradients: L_tr (ω, β), its gradient for each tensor of the list `omega`, and dL_val/dβ
     for each of `beta`. `train()` and `valid()` yield the parts of a loss one by one, the same at every call (so a
-    dropout mask has to come back). ω is moved on the way and put back: the very tensors, as they were. `how`:
+    dropout mask has to come back). Under torchrun the gradients are summed over the processes, the loss is not. ω is
+    moved on the way and put back: the very tensors, as they were. `how`:
 
-        exact        ∇²_{βω} L_tr v by differentiating twice: four passes' time, and every backend must support it
+        exact        ∇²_{βω} L_tr v by differentiating twice: the time of four to six passes
         central      (∇_β L_tr(ω + εv) − ∇_β L_tr(ω − εv)) / 2ε with ε = 0.01 / ‖v‖: four passes, error O(ε²)
         forward      (∇_β L_tr(ω + εv) − ∇_β L_tr(ω)) / ε: three passes, error O(ε)
         first-order  without the second term: two passes
@@ -104,9 +107,6 @@ def hypergradient(train, valid, omega, beta, eta, how="forward"):
     finally:
         for w, w0 in zip(omega, start):
             w.data = w0
-
-
-HYPERGRADIENTS = ("exact", "central", "forward", "first-order")
 
 
 def gradients(losses, omega, beta):

@@ -156,7 +156,7 @@ def place(model, new, about):
     remove(model)
     model.requires_grad_(False)
     for name, m in new.items():
-        model.set_submodule(name, m)
+        model.set_submodule(name, m.train(model.training))
         for p in m.parameters(recurse=False):
             p.requires_grad_(True)
     model.adapter = about

@@ -10,8 +10,8 @@ random, as each Aᵢ does, and sᵢ starts at zero, so that training still begin
 What differs from the paper, and why:
 - No loop. With the Aᵢ stacked by rows into A (r, d_in) and the Bᵢ by columns into B (d_out, r), the sum is LoRA's
   ΔW = (B ∘ s) A with a factor for each column of B: two products and one (N, r) activation whatever n is.
-- `rank` is the sum over the blocks, so LoRA of the same rank can express the same ΔW and has, but for the n factors,
-  as many parameters: what differs between the two is how they learn.
+- `rank` is the sum over the blocks, so LoRA of the same rank can express the same ΔW and has, but for s, as many
+  parameters: what differs between the two is how they learn.
 - sᵢ is a number, or with scaling="vector" one for every row of ΔW. There is no α: s is learned.
 """
 import torch

@@ -41,7 +41,7 @@ from multilora import MultiLoRALinear
 METHODS = {
     "full": (None, "", "scratch half", 1e-3, 5e-5),
     "lora": (lora.LoRALinear, "alpha dropout rslora", "targets rank ranks", 1e-2, 5e-4),
-    "multilora": (MultiLoRALinear, "n_blocks scaling dropout", "targets rank", 1e-2, 5e-4),
+    "multilora": (MultiLoRALinear, "n_blocks scaling dropout", "targets rank", 2e-2, 1e-3),
     "autolora": (autolora.AutoLoRALinear, "alpha dropout gate",
                  "targets max_rank search_steps split hypergrad eta beta_lr", 1e-2, 5e-4),
 }
@@ -133,19 +133,17 @@ def parse(argv=None):
     for flag, only in (("resume", {"device", "compile"}),
                        ("eval", {"device", "dtype", "data", "eval_rows", "batch_size", "prompt"})):
         extra = given - only - {flag}
-        if getattr(args, flag) and extra:
+        if flag in given and extra:
             p.error(f"--{flag} takes its settings from the checkpoint: leave out --{' --'.join(sorted(extra))}")
     for flag in given:
         owners = [method for method, (_, settings, others, *_) in METHODS.items() if flag in f"{settings} {others}".split()]
         if owners and args.method not in owners:
             p.error(f"--{flag} goes with --method {' or '.join(owners)}, not with {args.method}")
-    if args.ranks and given & {"rank", "targets"}:
+    if "ranks" in given and given & {"rank", "targets"}:
         p.error("--ranks says which layers have which rank: leave out --rank and --targets")
-    if args.compile and args.method == "autolora" and args.hypergrad == "exact":
-        p.error("--hypergrad exact differentiates twice, which a compiled model cannot: leave out --compile")
     if not args.scratch and given & {"n_layer", "n_embd"}:
         p.error("--n_layer and --n_embd go with --scratch")
-    if args.prompt and not args.eval:
+    if args.prompt and "eval" not in given:
         p.error("--prompt goes with --eval")
     return args, given
 
@@ -198,19 +196,19 @@ def adapt(model, args, device, held=None):
     model.to(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)  # W is not trained, so it may be bf16
     if held:
         return lora.load(model, held["adapter"])
-    rank = args.max_rank if args.method == "autolora" else ranks_of(args.ranks) if args.ranks else args.rank
+    rank = args.max_rank if args.method == "autolora" else args.rank if args.ranks is None else ranks_of(args.ranks)
     torch.manual_seed(args.seed)
     return lora.inject(model, " ".join(args.targets), rank, layer, **{k: getattr(args, k) for k in settings.split()})
 
 
 def ranks_of(path):
     """{name: rank} of the adapter in a checkpoint."""
-    held = read(path)
-    if "adapter" not in held:
+    adapter = read(path).get("adapter")
+    if not isinstance(adapter, dict) or not isinstance(adapter.get("ranks"), dict):
         raise ValueError(f"--ranks {path}: no adapter in it")
-    if held["adapter"]["layer"] == "AutoLoRALinear":
+    if adapter.get("layer") == "AutoLoRALinear":
         raise ValueError(f"--ranks {path}: its search has not ended; --resume it")
-    return held["adapter"]["ranks"]
+    return adapter["ranks"]
 
 
 def autocast(args, device):
@@ -304,6 +302,8 @@ class Run:
         if args.batch_size % (args.grad_accum * self.world):
             raise ValueError(f"--batch_size {args.batch_size} is not a multiple of {args.grad_accum} parts "
                              f"(--grad_accum) times {self.world} processes")
+        if args.compile and args.method == "autolora" and args.hypergrad == "exact":
+            raise ValueError("--hypergrad exact differentiates twice, which a compiled model cannot: leave out --compile")
         model = base_model(args)
         self.tok = data.tokenizer(model.config.vocab_size)
         self.tasks = data.load(args.data, self.tok, args.block_size, args.eval_rows)
@@ -343,11 +343,14 @@ class Run:
     def prepare(self, model):
         """Make `model` the one that is trained: optimizer, processes, compilation."""
         a, self.model = self.args, model
-        self.beta = [p for name, p in model.named_parameters() if name.endswith(".beta")]       # AutoLoRA's, in the search
-        self.trained = [p for p in model.parameters() if p.requires_grad and all(p is not b for b in self.beta)]
-        groups = [{"params": [p for p in self.trained if p.ndim > 1], "weight_decay": a.weight_decay, "lr": a.lr},
-                  {"params": [p for p in self.trained if p.ndim <= 1], "weight_decay": 0.0, "lr": a.lr},
-                  {"params": self.beta, "weight_decay": 0.0, "lr": a.beta_lr}]
+        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.beta = [p for name, p in params.items() if name.endswith(".beta")]         # AutoLoRA's, in the search
+        self.trained = [p for name, p in params.items() if not name.endswith(".beta")]
+        matrices = [p for name, p in params.items() if p.ndim > 1 and not name.endswith(".s")]
+        vectors = [p for p in self.trained if all(p is not m for m in matrices)]
+        groups = [{"params": matrices, "weight_decay": a.weight_decay, "lr": a.lr, "scheduled": True},
+                  {"params": vectors, "weight_decay": 0.0, "lr": a.lr, "scheduled": True},
+                  {"params": self.beta, "weight_decay": 0.0, "lr": a.beta_lr, "scheduled": False}]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, a.beta2), fused=True)
         self.ddp = self.world > 1 and not self.beta                     # the search sums its gradients itself
         self.net = torch.nn.parallel.DistributedDataParallel(model) if self.ddp else model
@@ -368,7 +371,8 @@ class Run:
                    "multilora": f": {a.n_blocks} blocks of rank {a.rank // a.n_blocks}, {a.scaling} scaling, {on}",
                    "autolora": f": {a.max_rank} candidates {on}, alpha {a.alpha:g}, {a.gate} gate"}
         self.say(f"method   {a.method}{adapter[a.method]}")
-        self.say(f"trains   {n:,} parameters, {100 * n / self.size:.2f} % of the model")
+        self.say(f"trains   {n:,} parameters, {100 * n / self.size:.2f} % of the model"
+                 f"{f', in {len(lora.adapters(self.model))} layers' * (a.method != 'full')}")
         self.say(f"device   {self.device}{f', {self.world} processes' * (self.world > 1)}, {a.dtype}"
                  f"{', compiled' * a.compile}")
         self.say(f"data     {len(self.tasks)} task{'s' * (len(self.tasks) > 1)}, {self.n_rows:,} rows, {a.mix} shares")
@@ -439,7 +443,7 @@ class Run:
         for p, grad in zip([*self.trained, *self.beta], [*g, *h]):
             p.grad = grad
         result = self.apply(total, learning_rate(step, a.search_steps, a), step, stop)
-        if (step + 1) % max(1, a.search_steps // 100) == 0:
+        if (step + 1) % max(1, a.search_steps // 100) == 0 or step + 1 == a.search_steps:
             now = torch.stack([b.detach().cpu() for b in self.beta])[None]              # (1, layers, k)
             self.search = {"steps": [*self.search["steps"], step + 1], "beta": torch.cat([self.search["beta"], now])}
         return result
@@ -467,11 +471,12 @@ class Run:
         norm_beta = torch.nn.utils.get_total_norm([p.grad for p in self.beta]).to(self.device)
         loss, stop, norm, norm_beta = torch.stack([*total, norm, norm_beta]).tolist()
         if not math.isfinite(loss + norm + norm_beta):
-            sys.exit(f"\ntrain.py: step {step + 1}: the loss is {loss} and the norm of its gradient {norm}: not finite, "
-                     f"so the run stops.\nTry a lower --lr than {a.lr:g}, or more --warmup. "
-                     f"The last good checkpoint is {a.out}")
+            search = f"; for β: {norm_beta}" if self.beta else ""
+            sys.exit(f"\ntrain.py: step {step + 1}: the loss is {loss} and the norm of its gradient {norm}{search}: not "
+                     f"finite, so the run stops.\nTry a lower --lr than {a.lr:g}{' or --eta' * bool(search)}, or more "
+                     f"--warmup. The last good checkpoint is {a.out}")
         for group in self.optimizer.param_groups:
-            if group["params"][0] is not (self.beta or [None])[0]:
+            if group["scheduled"]:
                 group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -616,9 +621,9 @@ def main(argv=None):
     args, given = parse(argv)
     held = None
     try:
-        if args.eval:
+        if args.eval is not None:
             return evaluation(*started(args.eval, args, given))
-        if args.resume:
+        if args.resume is not None:
             out = args.resume
             held, args = started(out, args, given)
             args.out = out

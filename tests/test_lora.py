@@ -8,9 +8,11 @@ import torch
 import torch.nn as nn
 
 import lora
+from autolora import AutoLoRALinear, prune
 from conftest import ROOT, TINY, random_gpt
 from lora import LoRALinear
 from model import GPT, PRESETS
+from multilora import MultiLoRALinear
 
 SHAPES = [(6, 10, 3), (10, 6, 3), (8, 8, 8), (7, 5, 1), (5, 7, 5)]      # d_in, d_out, r: also r = 1, r = min(d)
 
@@ -79,6 +81,15 @@ def test_a_starts_kaiming_uniform():
 def test_rank_that_does_not_fit(rank):
     with pytest.raises(ValueError, match=rf"rank {rank} for a \(6, 9\) matrix: choose a whole number from 1 to 6"):
         LoRALinear(nn.Linear(9, 6), rank)
+
+
+@pytest.mark.parametrize("layer", [LoRALinear, MultiLoRALinear, AutoLoRALinear])
+def test_every_method_passes_dropout_on(layer):
+    m = layer(nn.Linear(20, 20), 4, dropout=0.5)
+    for p in m.parameters(recurse=False):
+        p.data.normal_()
+    x = torch.randn(3, 20)
+    assert m.dropout.p == 0.5 and not torch.equal(m(x), m(x)) and torch.equal(m.eval()(x), m(x))
 
 
 # the layers of a model
@@ -180,6 +191,18 @@ def test_generation_is_without_dropout(gpt):
     gpt.train()
     with_dropout = gpt.generate([[1, 2, 3]] * 4, 8)
     assert with_dropout == gpt.eval().generate([[1, 2, 3]] * 4, 8)
+
+
+def test_new_layers_are_in_the_mode_of_their_model(gpt):
+    gpt.eval()
+    idx = torch.randint(257, (2, 9))
+    randomise(lora.inject(gpt, "all", 4, AutoLoRALinear, dropout=0.5))
+    saved = lora.state(gpt)
+    for change in (lambda: None, lambda: lora.load(gpt, saved), lambda: prune(gpt)):
+        change()
+        assert torch.equal(gpt(idx)[0], gpt(idx)[0])
+    assert not torch.equal(gpt.train()(idx)[0], gpt(idx)[0])
+    assert {(m.dropout.p, m.alpha) for m in lora.adapters(gpt).values()} == {(0.5, 16.0)}
 
 
 def lora_off(model, idx):

@@ -185,6 +185,10 @@ def test_every_setting_reaches_the_layers():
     held = read("out/lora.pt")["adapter"]
     assert held["settings"] == {"alpha": 5.0, "dropout": 0.25, "rslora": True}
     assert set(held["ranks"].values()) == {2} and {k.split(".")[-1] for k in held["ranks"]} == {"o", "up"}
+    train.main([*SMALL, "--steps", "1", *"--method multilora --n_blocks 2 --scaling vector --dropout 0.25".split()])
+    assert read("out/multilora.pt")["adapter"]["settings"] == {"n_blocks": 2, "scaling": "vector", "dropout": 0.25}
+    run = train.Run(train.parse([*AUTO, "--gate", "sigmoid", "--alpha", "5"])[0])
+    assert run.model.adapter["settings"] == {"alpha": 5.0, "dropout": 0.0, "gate": "sigmoid"}
 
 
 def test_dropout_acts_in_training_only():
@@ -307,10 +311,10 @@ def test_two_processes_are_one(tmp_path):
 AUTO = "--method autolora --max_rank 4 --search_steps 4 --eta 0.5 --beta_lr 0.5 --steps 3 --warmup 0".split() + ROWS
 
 
-def search_by_hand(steps, lr, beta_lr, eta, seed, clip):
+def search_by_hand(steps, lr, beta_lr, eta, seed, clip, split, mix):
     """The search without train.py and without autolora.hypergradient: β after every step."""
     model, tok = GPT.from_pretrained("nano"), data.tokenizer(257)
-    rows = [data.stream(part, seed) for part in data.halves(data.load(["instruct", "facts"], tok, 512), 0.7, seed)]
+    rows = [data.stream(part, seed, mix) for part in data.halves(data.load(["instruct", "facts"], tok, 512), split, seed)]
     torch.manual_seed(seed)
     lora.inject(model, "all", 4, AutoLoRALinear)
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -334,14 +338,14 @@ def search_by_hand(steps, lr, beta_lr, eta, seed, clip):
     return torch.stack(history), {n: p.detach() for n, p in ω.items()}
 
 
-@pytest.mark.parametrize("hypergrad", ["exact", "central"])
-def test_the_search_is_the_one_by_hand(hypergrad, monkeypatch):
+@pytest.mark.parametrize("hypergrad, split, mix", [("exact", 0.7, "equal"), ("central", 0.4, "proportional")])
+def test_the_search_is_the_one_by_hand(hypergrad, split, mix, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-2))     # else it makes steps of rounding
     found = {}
     monkeypatch.setattr(autolora, "ranks", lambda model: found.update(
         {n: p.detach().clone() for n, p in model.named_parameters()}) or {n: 1 for n in lora.adapters(model)})
-    train.main([*AUTO, "--lr", "1e-2", "--hypergrad", hypergrad, "--clip", "0.5"])
-    want, ω = search_by_hand(4, 1e-2, 0.5, 0.5, seed=0, clip=0.5)
+    train.main([*AUTO, "--lr", "1e-2", "--hypergrad", hypergrad, "--clip", "0.5", "--split", str(split), "--mix", mix])
+    want, ω = search_by_hand(4, 1e-2, 0.5, 0.5, 0, 0.5, split, mix)
     got = read("out/autolora.pt")["search"]
     assert got["steps"] == [1, 2, 3, 4] and got["beta"].shape == want.shape == (4, 24, 4)
     assert want[-1].norm() > 1 and (got["beta"] - want).norm() < 0.01 * want.norm()
@@ -371,6 +375,39 @@ def test_without_eta_every_hypergradient_is_first_order():
         assert same(tensors(f"{how}.pt"), tensors("forward.pt"))
     train.main([*AUTO, "--hypergrad", "first-order", "--out", "ahead.pt"])
     assert not torch.equal(read("ahead.pt")["search"]["beta"], read("forward.pt")["search"]["beta"])
+
+
+def test_the_passes_of_a_step_have_one_dropout_mask_and_steps_have_their_own():
+    run = train.Run(train.parse([*AUTO, "--dropout", "0.3", "--grad_accum", "2"])[0])
+    for m in lora.adapters(run.model.train()).values():
+        m.B.data.normal_()
+    same_rows = lambda i: run.tasks[0].train[i % 8]
+    first, again, later = ([loss.item() for loss in run.losses(same_rows, step)] for step in (0, 0, 1))
+    assert first == again and first != later
+
+
+def test_the_end_of_the_search_is_saved_with_its_last_beta(monkeypatch):
+    write = lora.write
+    with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+        m.setattr(lora, "write", lambda obj, path: write(obj, path) if obj["step"] <= 205 else 1 / 0)
+        train.main([*AUTO, "--search_steps", "205", "--batch_size", "2", "--targets", "q", "--beta_lr", "0", "--out", "a.pt"])
+    held = read("a.pt")
+    assert held["step"] == 205 and held["search"]["steps"][-2:] == [204, 205] and held["adapter"]["layer"] == "LoRALinear"
+    train.main(["--resume", "a.pt"])
+
+
+def test_neither_s_nor_beta_has_weight_decay():
+    for flags in (["--method", "multilora", "--scaling", "vector"], AUTO):
+        run = train.Run(train.parse([*ROWS, *flags])[0])
+        decayed = {id(p) for g in run.optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+        for name, p in run.model.named_parameters():
+            assert (id(p) in decayed) == name.endswith((".A", ".B"))
+
+
+def test_a_model_with_fewer_layers_than_ranks_or_more(capsys):
+    torch.save({"adapter": {"ranks": {"h.0.attn.q": 2, "h.1.mlp.up": 3}}}, "some.pt")
+    train.main([*ROWS, "--ranks", "some.pt", "--steps", "1"])
+    assert "in 2 layers" in capsys.readouterr().out
 
 
 def test_parts_do_not_change_the_search():
@@ -420,6 +457,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     with pytest.raises(SystemExit, match=r"step \d+: the loss is .* not finite, so the run stops.\nTry a lower --lr than 1e\+30"):
         train.main([*SMALL, "--lr", "1e30", "--steps", "5", "--eval_every", "1", "--warmup", "0"])
     assert all(t.isfinite().all() for t in tensors("out/lora.pt").values())
+    with pytest.raises(SystemExit, match="; for β: .*: not finite, so the run stops.\nTry a lower --lr than 0.01 or --eta"):
+        train.main([*AUTO, "--eta", "1e30"])
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -436,6 +475,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     (f"--model {ROOT / 'requirements.txt'}", "requirements.txt: not a complete file of tensors"),
     ("--method multilora --n_blocks 3", "rank 16 in 3 blocks of equal rank: choose --n_blocks from 1 2 4 8 16, or another rank"),
     ("--method autolora --max_rank 200", "h.0.attn.q: rank 200 for a (128, 128) matrix"),
+    ("--method autolora --hypergrad exact --compile", "differentiates twice, which a compiled model cannot"),
+    ("--resume=", ": no such file"),
+    ("--ranks=", ": no such file"),
     ("--method autolora --split 0.001", "--split 0.001: of the 64 rows of facts, both parts need one at least"),
     ("--ranks none.pt", "none.pt: no such file"),
     (f"--ranks {ROOT / 'pretrained/nano.pt'}", "nano.pt: no adapter in it"),
@@ -447,7 +489,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     ("--method autolora --rank=4", "--rank goes with --method lora or multilora, not with autolora"),
     ("--method lora --search_steps 4", "--search_steps goes with --method autolora, not with lora"),
     ("--ranks a.pt --rank 4", "--ranks says which layers have which rank: leave out --rank and --targets"),
-    ("--method autolora --hypergrad exact --compile", "differentiates twice, which a compiled model cannot"),
     ("--resume a.pt --lr 1", "--resume takes its settings from the checkpoint: leave out --lr"),
     ("--eval a.pt --rank 1", "--eval takes its settings from the checkpoint: leave out --rank"),
     ("--prompt hello", "--prompt goes with --eval"),
