@@ -1,11 +1,12 @@
 """
-One training step of ours against full fine-tuning, peft and loralib: same weights, same batch, one process.
+One training step of LoRA, MultiLoRA, AutoLoRA's search and full fine-tuning, and of peft's and loralib's LoRA: same
+weights, same batch, one process.
 
     pip install transformers peft loralib        # the rivals; what is not there is left out
-    python experiments/bench.py                  # about two minutes on two cores
+    python experiments/bench.py                  # about three minutes on two cores
 
 Every round times one step of every candidate in turn, so that a machine whose speed drifts slows all of them;
-the ratio to ours is taken round by round, and its median reported with the quartiles. Results go to
+the ratio to our LoRA is taken round by round, and its median reported with the quartiles. Results go to
 experiments/results/bench_{cpu,cuda}.json.
 """
 import argparse
@@ -23,15 +24,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 
+import autolora
 import lora
 from model import GPT, GPTConfig
+from multilora import MultiLoRALinear
 
 
 def candidates(base, rank):
     """{name: (model, function from the batch to its loss)}, each from the same weights; absent rivals are left out."""
     ours = lambda model: lambda x, y: model(x, y)[1]
     full, adapted = copy.deepcopy(base), lora.inject(copy.deepcopy(base), "all", rank, alpha=rank)
-    out = {"full fine-tuning": (full, ours(full)), "LoRA (ours)": (adapted, ours(adapted))}
+    multi = lora.inject(copy.deepcopy(base), "all", rank, MultiLoRALinear, n_blocks=4)
+    out = {"full fine-tuning": (full, ours(full)), "LoRA": (adapted, ours(adapted)), "MultiLoRA, n = 4": (multi, ours(multi))}
+    for how in ("forward", "central"):
+        m = lora.inject(copy.deepcopy(base), "all", rank, autolora.AutoLoRALinear, alpha=rank)
+        out[f"AutoLoRA's search, {how}"] = m, ours(m)
     try:
         import peft
         m = copy.deepcopy(base)
@@ -95,8 +102,17 @@ def main():
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         assert abs(loss(x, y).item() - want) < 1e-4 * want, name        # they all compute the same thing
 
-        def step(loss=loss, optimizer=optimizer):
-            loss(x, y).backward()
+        beta = [m.beta for m in lora.adapters(model).values() if isinstance(m, autolora.AutoLoRALinear)]
+        omega = [p for p in trained if all(p is not b for b in beta)]
+
+        def step(loss=loss, optimizer=optimizer, omega=omega, beta=beta, how=name.split()[-1]):
+            if beta:                                                    # the same batch stands for both parts of the rows
+                losses = lambda: [loss(x, y)]
+                _, g, h = autolora.hypergradient(losses, losses, omega, beta, 0.01, how)
+                for p, grad in zip([*omega, *beta], [*g, *h]):
+                    p.grad = grad
+            else:
+                loss(x, y).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if args.device == "cuda":
@@ -112,20 +128,18 @@ def main():
                 times[name].append(time.perf_counter() - began)
     rows = {}
     for name, (_, n) in steps.items():
-        ratio = sorted(a / b for a, b in zip(times["LoRA (ours)"], times[name]))
-        q = statistics.quantiles(ratio, n=4)
-        rows[name] = {"parameters": n, "ms": 1e3 * statistics.median(times[name]),
-                      "ours_over_it": q[1], "quartiles": [q[0], q[2]]}
+        q = statistics.quantiles([b / a for a, b in zip(times["LoRA"], times[name])], n=4)
+        rows[name] = {"parameters": n, "ms": 1e3 * statistics.median(times[name]), "over_lora": q[1], "quartiles": [q[0], q[2]]}
     cpu = f"cpu, {torch.get_num_threads()} threads, {platform.machine()}"
     about = {"shape": f"{args.n_layer} layers, width {args.n_embd}, vocabulary {args.vocab_size}, batch {B} x {T}, "
                       f"rank {args.rank} on all six linears, fused AdamW",
              "rounds": args.rounds, "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
              "versions": {k: version(k) for k in ("torch", "peft", "transformers", "loralib") if k in sys.modules}}
     print(f"{about['shape']}\n{about['device']}\n")
-    print(f"{'':32}{'trained':>12}{'ms a step':>12}{'ours / it':>12}   quartiles")
+    print(f"{'':32}{'trained':>12}{'ms a step':>12}{'/ LoRA':>12}   quartiles")
     for name, r in rows.items():
         low, high = r["quartiles"]
-        print(f"{name:32}{r['parameters']:12,}{r['ms']:12.1f}{r['ours_over_it']:12.3f}   {low:.3f} {high:.3f}")
+        print(f"{name:32}{r['parameters']:12,}{r['ms']:12.1f}{r['over_lora']:12.3f}   {low:.3f} {high:.3f}")
     out = Path(args.out or ROOT / "experiments" / "results" / f"bench_{args.device}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")

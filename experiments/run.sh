@@ -20,7 +20,15 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.pt")):
     if "after" in held:
         last = json.loads(path.with_suffix(".jsonl").read_text().splitlines()[-1])
         run = {k: held["args"][k] for k in ("method", "model", "lr", "seed", "steps", "batch_size", "dtype")}
-        run |= {"rank": held["args"]["rank"]} if "adapter" in held else {}
+        if "adapter" in held:
+            ranks = list(held["adapter"]["ranks"].values())
+            run |= {"parameters": sum(t.numel() for t in held["adapter"]["tensors"].values())}
+            run |= {"rank": ranks[0]} if len(set(ranks)) == 1 else {"ranks": ranks}
+        if run["method"] == "autolora":
+            a = held["search"]["beta"].softmax(-1)      # (T, layers, k); the scripts leave --gate as it is
+            kept = (a * a.size(-1) >= 1 - 1e-6).sum(-1).float().mean(-1).tolist()
+            run |= {k: held["args"][k] for k in ("max_rank", "beta_lr", "eta", "hypergrad", "search_steps", "split")}
+            run |= {"search": {"steps": held["search"]["steps"], "kept": kept, "top": a.amax(-1).mean(-1).tolist()}}
         run |= {"file_MB": path.stat().st_size / 1e6, "seconds": last["seconds"], "samples": last["samples"]}
         runs[path.stem] = run | {k: {pathlib.Path(t).name: r for t, r in last[k].items()} for k in ("before", "after")}
 print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "runs": runs}, indent=1))
