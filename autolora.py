@@ -91,7 +91,7 @@ def hypergradient(train, valid, omega, beta, eta, how="forward"):
         if how == "first-order" or eta == 0:
             return loss, g, h
         if how == "exact":
-            place(v, 0)
+            place(v, 0)                                                 # at ω again
             second = mixed_derivative(train, omega, beta, v)
         else:
             eps = 0.01 / nn.utils.get_total_norm(v).clamp(min=1e-30)
@@ -103,7 +103,7 @@ def hypergradient(train, valid, omega, beta, eta, how="forward"):
                 _, _, below = gradients(train, [], beta)
                 width = 2 * eps
             second = [(a - b) / width for a, b in zip(above, below)]
-        return loss, g, [h - eta * s for h, s in zip(h, second)]
+        return loss, g, [a - eta * b for a, b in zip(h, second)]        # dL_val/dβ
     finally:
         for w, w0 in zip(omega, start):
             w.data = w0

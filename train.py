@@ -65,7 +65,8 @@ def parse(argv=None):
     add("--method", default="lora", choices=METHODS, help="train all weights, or an adapter (default %(default)s)")
     add("--targets", default=["all"], nargs="+", help="layers that get one: q k v o up down, or all (default)")
     add("--rank", default=16, type=number(int, 1), help="r, the rank of ΔW (default %(default)s)")
-    add("--alpha", default=16.0, type=float, help="α: ΔW is scaled by α/r (default %(default)s)")
+    add("--alpha", default=16.0, type=float, help="α: ΔW is scaled by α/r, in autolora's search by "
+        "α times the selection variables (default %(default)s)")
     add("--dropout", default=0.0, type=number(float, 0, 0.999), help="on the adapters' input (default %(default)s)")
     add("--rslora", action="store_true", help="lora: scale by α/√r instead")
     add("--ranks", metavar="CKPT", help="lora: the rank of each layer as in this checkpoint, which autolora left")
@@ -73,15 +74,16 @@ def parse(argv=None):
         "(default %(default)s)")
     add("--scaling", default="scalar", choices=["scalar", "vector"], help="multilora: learn a factor for each block, or "
         "for each block and row of ΔW (default %(default)s)")
-    add("--max_rank", default=16, type=number(int, 1), help="autolora: k, candidates of a layer (default %(default)s)")
+    add("--max_rank", default=16, type=number(int, 1), help="autolora: k, the candidates of each layer, of "
+        "rank one (default %(default)s)")
     add("--gate", default="softmax", choices=autolora.GATES, help="autolora: from β to the selection variables "
         "(default %(default)s)")
-    add("--search_steps", default=200, type=number(int, 1), help="autolora: before the --steps that train at the ranks "
-        "found (default %(default)s)")
+    add("--search_steps", default=200, type=number(int, 1), help="autolora: steps of the search, which come before "
+        "the --steps that train at the ranks found (default %(default)s)")
     add("--split", default=0.7, type=number(float, 0, 1), help="autolora: share of the training rows that A and B are "
         "searched on; β sees the others (default %(default)s)")
-    add("--hypergrad", default="forward", choices=autolora.HYPERGRADIENTS, help="autolora: the gradient for β "
-        "(default %(default)s)")
+    add("--hypergrad", default="forward", choices=autolora.HYPERGRADIENTS, help="autolora: the gradient for β: by "
+        "differentiating twice, by finite differences, or without what the look-ahead adds (default %(default)s)")
     add("--eta", default=0.01, type=number(float, 0), help="autolora: η, step of the look-ahead (default %(default)s)")
     add("--beta_lr", default=0.03, type=number(float, 0), help="autolora: learning rate of β (default %(default)s)")
 
