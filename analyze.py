@@ -543,12 +543,13 @@ def summary(checkpoints):
     def cell(values, digits):
         if not values:
             return "-"
+        digits = digits if mean(values) < 100 else 0
         return f"{mean(values):.{digits}f}" + (f"±{stdev(values):.{digits}f}" if len(values) > 1 else "")
 
-    lines = [f"{'mean ± std over matrices':26} {'parameters':>11} {'top-1':>10} {'eff. rank':>10} {'st. rank':>9} {'amplif.':>9}"]
+    lines = [f"{'mean ± std over matrices':25} {'parameters':>11} {'top-1':>10} {'eff. rank':>10} {'st. rank':>9} {'amplif.':>10}"]
     for label, r in rows.items():
-        lines.append(f"{label[:26]:26} {r['parameters']:11,} {cell(r['top1'], 2):>10} {cell(r['effective_rank'], 1):>10} "
-                     f"{cell(r['stable_rank'], 1):>9} {cell(r['amplification'], 1):>9}")
+        lines.append(f"{label[:25]:25} {r['parameters']:11,} {cell(r['top1'], 2):>10} {cell(r['effective_rank'], 1):>10} "
+                     f"{cell(r['stable_rank'], 1):>9} {cell(r['amplification'], 1):>10}")
     lines += ["", f"{'results, mean over tasks':26} {'loss':>13} {'exact match':>13}"]
     lines += [f"{label[:26]:26} {cell(r['loss'], 3):>13} {cell(r['exact'], 3):>13}" for label, r in rows.items()]
     return rows, lines
