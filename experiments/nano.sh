@@ -8,7 +8,7 @@ for seed in 0 1 2; do
 done
 for lr in 5e-3 2e-2; do run "lora-lr$lr" --method lora --lr $lr; done
 for lr in 5e-4 2e-3; do run "full-lr$lr" --method full --lr $lr; done
-for lr in 5e-3 1e-2 4e-2; do run "multilora-lr$lr" --method multilora --lr $lr; done
+for lr in 5e-3 1e-2 4e-2 8e-2; do run "multilora-lr$lr" --method multilora --lr $lr; done
 for lr in 5e-3 2e-2; do run "autolora-lr$lr" --method autolora --lr $lr; done
 run multilora-vector --method multilora --scaling vector
 for beta_lr in 0.01 0.1; do run "autolora-beta_lr$beta_lr" --method autolora --beta_lr $beta_lr; done
