@@ -16,6 +16,11 @@ from model import GPT, read
 from test_lora import close
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def orthonormal(d, r, seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(d, r, generator=g, dtype=torch.float64))[0]
@@ -98,10 +103,9 @@ def test_the_random_column_of_table_7():
 def test_intruders():
     W, e = torch.randn(30, 20).double(), [0.3, 0.6, 0.9]
     assert intruders(W, torch.zeros(30, 20).double(), e) == [0, 0, 0]
-    u = torch.linalg.svd(W)[0][:, -1:]                                           # in none of W's 20 output directions
-    assert intruders(W, (1e3 * u, torch.randn(1, 20).double()), e)[:2] == [1, 1]
-    same = torch.linalg.svd(W, full_matrices=False)
-    assert intruders(W, (1e3 * same[0][:, 3:4], same[2][3:4]), e) == [0, 0, 0]   # larger, but W's own
+    U, _, Vh = torch.linalg.svd(W)
+    assert intruders(W, (1e3 * U[:, -1:], Vh[-1:]), e) == [1, 1, 1]              # an output direction that is none of W's 20
+    assert intruders(W, (1e3 * U[:, 3:4], Vh[3:4]), e) == [0, 0, 0]              # larger, but W's own
 
 
 @pytest.mark.parametrize("delta", [(torch.randn(30, 4), torch.randn(4, 20)), torch.randn(30, 20)])
