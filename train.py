@@ -366,7 +366,7 @@ class Run:
     def describe(self):
         a, n = self.args, sum(p.numel() for p in self.trained)
         self.say(f"model    {a.model}{' from scratch' * a.scratch}, {self.size / 1e6:.2f} M parameters, "
-                 f"rows of up to {a.block_size} {self.tok.name} tokens")
+                 f"rows of up to {a.block_size} tokens ({self.tok.name})")
         on = f"on {' '.join(a.targets)}"
         adapter = {"full": "",
                    "lora": f": rank{f's of {a.ranks}' if a.ranks else f' {a.rank} {on}'}, alpha {a.alpha:g}{', rslora' * a.rslora}",
