@@ -3,7 +3,7 @@ Does AutoLoRA's search find ranks that are known? Five layers, each asked for W 
 0, 1, 2, 4 or 6 and singular values of 1. Prints and writes what the search of k = 8 candidates finds on the way, and as
 a control what it would find if every β were a small random number.
 
-    python experiments/planted.py            # four minutes; results in experiments/results/planted.json
+    python experiments/planted.py            # seven minutes; results in experiments/results/planted.json
 """
 import argparse
 import json
