@@ -574,6 +574,8 @@ def main(argv=None):
     try:
         checkpoints = load(args.checkpoints, args.device, args.base)
         choose(checkpoints, args.targets, args.layers)
+        if "subspace" in (args.study or []) and len(checkpoints) < 2:
+            raise ValueError("--study subspace compares: give two checkpoints or more")
         if len({c.label for c in checkpoints}) < len(checkpoints):
             raise ValueError("two checkpoints have the same name: figures could not tell them apart; copy one to another name")
         out = args.out or checkpoints[0].path.with_suffix("").with_name(checkpoints[0].label + "-analysis")

@@ -117,7 +117,8 @@ def gradients(losses, omega, beta):
         value = value + loss.detach()
         for t, grad in zip(total, torch.autograd.grad(loss, params)):
             t += grad
-    return value, *over_processes(total, len(omega))
+    total = over_processes(total)
+    return value, total[:len(omega)], total[len(omega):]
 
 
 def mixed_derivative(losses, omega, beta, v):
@@ -129,15 +130,15 @@ def mixed_derivative(losses, omega, beta, v):
             inner = sum((a * b).sum() for a, b in zip(g, v))
             for t, grad in zip(total, torch.autograd.grad(inner, beta)):
                 t += grad
-    return over_processes(total, 0)[1]
+    return over_processes(total)
 
 
-def over_processes(tensors, n):
-    """Sum each over the processes of torchrun, if there are several; the first n and the rest."""
+def over_processes(tensors):
+    """Each summed over the processes of torchrun, if there are several."""
     if dist.is_initialized():
         for t in tensors:
             dist.all_reduce(t)
-    return tensors[:n], tensors[n:]
+    return tensors
 
 
 def ranks(model):
@@ -158,15 +159,3 @@ def prune(model):
         m.A.copy_(A[keep])
         m.B.copy_(Bs[:, keep] / m.scale())
     return model
-
-
-def table(found, max_rank):
-    """Ranks as lines of text: a row for each layer of the model, a column for each target."""
-    grid = {}
-    for name, rank in found.items():
-        grid.setdefault(".".join(name.split(".")[:-2]), {})[name.split(".")[-1]] = rank
-    targets = list(dict.fromkeys(t for row in grid.values() for t in row))
-    lines = [f"{'ranks, of ' + str(max_rank):16}" + "".join(f"{t:>6}" for t in targets)]
-    for layer, row in grid.items():
-        lines.append(f"{layer:16}" + "".join(f"{row.get(t, '-'):>6}" for t in targets))
-    return "\n".join(lines)

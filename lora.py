@@ -130,7 +130,7 @@ def as_it_was(model):
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
-    except Exception:
+    except BaseException:   # Ctrl-C too
         for p, was in before:
             p.requires_grad_(was)
         raise

@@ -277,6 +277,18 @@ def table(tasks, before, after):
     return "\n".join(lines)
 
 
+def rank_table(found, max_rank):
+    """Ranks as lines of text: a row for each layer of the model, a column for each target."""
+    grid = {}
+    for name, rank in found.items():
+        grid.setdefault(".".join(name.split(".")[:-2]), {})[name.split(".")[-1]] = rank
+    targets = list(dict.fromkeys(t for row in grid.values() for t in row))
+    lines = [f"{'ranks, of ' + str(max_rank):16}" + "".join(f"{t:>6}" for t in targets)]
+    for layer, row in grid.items():
+        lines.append(f"{layer:16}" + "".join(f"{row.get(t, '-'):>6}" for t in targets))
+    return "\n".join(lines)
+
+
 def complete(model, prompts, tok, args, device):
     """Two lines for each prompt (a list of ids): its text, and what the model makes of it, greedily."""
     lines = []
@@ -454,7 +466,7 @@ class Run:
         """From AutoLoRA's search to its training: a fresh LoRA at the ranks found. Returns them."""
         a, found = self.args, autolora.ranks(self.model)
         self.search |= {"ranks": found}
-        self.say(f"\n\n{autolora.table(found, a.max_rank)}\n\ntraining a fresh LoRA of these ranks on all rows ...")
+        self.say(f"\n\n{rank_table(found, a.max_rank)}\n\ntraining a fresh LoRA of these ranks on all rows ...")
         lora.remove(self.model)
         torch.manual_seed(a.seed)
         self.prepare(lora.inject(self.model, rank=found, alpha=a.alpha, dropout=a.dropout).train())
@@ -547,7 +559,7 @@ class Run:
                 layers, k = lora.adapters(self.model).values(), a.max_rank
                 uniform = sum(k * (m.A.size(1) + m.B.size(0)) for m in layers)
                 n = sum(p.numel() for p in self.trained)
-                shown += ["", autolora.table(self.search["ranks"], k), f"{n:,} parameters, {100 * n / uniform:.0f} % of the "
+                shown += ["", rank_table(self.search["ranks"], k), f"{n:,} parameters, {100 * n / uniform:.0f} % of the "
                           f"{uniform:,} at rank {k} everywhere"]
         if self.rank == 0:
             size = f"{Path(a.out).stat().st_size / 1e6:.2f} MB{', the adapter alone' * (a.method != 'full')}"

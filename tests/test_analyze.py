@@ -204,6 +204,7 @@ def test_a_stopped_run(made, tmp_path):
     (lambda made, d: [made / "lora.pt", "--base", made / "full.pt"], "was trained on another base than .*full.pt"),
     (lambda made, d: [made / "lora.pt", "--base", d / "gone.pt"], "its base .*gone.pt cannot be read; say where it is with --base"),
     (lambda made, d: [analyze.lora.__file__.replace("lora.py", "pretrained/nano.pt")], "was pretrained from scratch"),
+    (lambda made, d: [made / "lora.pt", "--study", "subspace"], "--study subspace compares: give two checkpoints or more"),
     (lambda made, d: [made / "lora.pt", made / "lora.pt"], "two checkpoints have the same name"),
 ])
 def test_errors_are_one_line_and_status_2(make, message, made, tmp_path, capsys):

@@ -302,12 +302,6 @@ def test_the_pruned_model_is_the_masked_one(gate):
     assert [p.requires_grad for n, p in pruned.named_parameters()] == [n.endswith((".A", ".B")) for n, _ in pruned.named_parameters()]
 
 
-def test_the_table_of_ranks():
-    found = {"h.0.attn.q": 3, "h.0.mlp.up": 12, "h.1.mlp.up": 7}
-    assert autolora.table(found, 16).splitlines() == [
-        "ranks, of 16         q    up", "h.0                  3    12", "h.1                  -     7"]
-
-
 @pytest.mark.parametrize("share", [0.7, 0.25])
 def test_halves_are_disjoint_and_all_there_is(share):
     tok = data.tokenizer(257)

@@ -368,6 +368,12 @@ def test_the_ranks_found_are_those_of_the_last_beta_and_can_be_used_again(capsys
     train.main([*ROWS, "--ranks", "out/lora.pt", "--steps", "1"])                   # of any adapter
 
 
+def test_the_table_of_ranks():
+    found = {"h.0.attn.q": 3, "h.0.mlp.up": 12, "h.1.mlp.up": 7}
+    assert train.rank_table(found, 16).splitlines() == [
+        "ranks, of 16         q    up", "h.0                  3    12", "h.1                  -     7"]
+
+
 def test_without_eta_every_hypergradient_is_first_order():
     for how in ("forward", "first-order", "exact"):
         train.main([*AUTO, "--eta", "0", "--hypergrad", how, "--out", f"{how}.pt"])
@@ -457,7 +463,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     with pytest.raises(SystemExit, match=r"step \d+: the loss is .* not finite, so the run stops.\nTry a lower --lr than 1e\+30"):
         train.main([*SMALL, "--lr", "1e30", "--steps", "5", "--eval_every", "1", "--warmup", "0"])
     assert all(t.isfinite().all() for t in tensors("out/lora.pt").values())
-    with pytest.raises(SystemExit, match="; for β: .*: not finite, so the run stops.\nTry a lower --lr than 0.01 or --eta"):
+    with pytest.raises(SystemExit, match="step 1: .*; for β: .*: not finite, so the run stops.\nTry a lower --lr than 0.01 or --eta"):
         train.main([*AUTO, "--eta", "1e30"])
 
 
