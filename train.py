@@ -431,6 +431,7 @@ class Run:
         self.seen += sum(len(r.ids) - 1 for r in batch)
         counted = sum(len(r.ids) - r.given for r in batch)
         mine, part = batch[self.rank::self.world], a.batch_size // (a.grad_accum * self.world)
+        mine.sort(key=lambda r: len(r.ids))                             # parts of rows of one length have less padding
         for i in range(0, len(mine), part):
             rows = mine[i:i + part]
             idx, targets = data.collate(rows, self.device)

@@ -8,9 +8,10 @@
 # Results: experiments/results/e2e.json
 SHARED=$(realpath "${SHARED:-../shared}")
 export TIKTOKEN_CACHE_DIR=${TIKTOKEN_CACHE_DIR:-$SHARED/tiktoken}
-DIR=out/e2e; source "$(dirname "$0")/run.sh"
+DIR=out/e2e JOBS=${JOBS:-1}; source "$(dirname "$0")/run.sh"
 run small --method full --scratch --model gpt2 --n_layer 4 --n_head 4 --n_embd 192 --block_size 128 \
     --data "$SHARED/text/novels.txt.xz" --steps 500 --batch_size 16 --lr 2e-3 --eval_rows 50 --eval_every 100
+finish
 run multi-small --method multilora --model $DIR/small.pt --data "$SHARED"/data/{e2e,gsm8k,boolq,rte} \
     --steps 100 --batch_size 16 --eval_rows 50
 run auto-small --method autolora --model $DIR/small.pt --data "$SHARED/data/e2e" --search_steps 30 --steps 100 \
@@ -29,5 +30,7 @@ open(f"{sys.argv[2]}/half/train.jsonl", "w").writelines(lines[half:])
 PYTHON
 run read --method full --model $DIR/small.pt --data "$SHARED/text/novels.txt.xz" $DIR/descriptions.txt \
     --steps 250 --batch_size 16 --lr 2e-3 --eval_rows 50 --eval_every 100
+finish
 run lora-read --model $DIR/read.pt --data $DIR/half --steps 200 --batch_size 32
+finish
 collect experiments/results/e2e.json

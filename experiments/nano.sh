@@ -1,21 +1,52 @@
 #!/usr/bin/env bash
-# Each method's learning rate on the built-in mixture, then the default one with three seeds; and AutoLoRA's ranks
-# against others of as many parameters. Three quarters of an hour on two cores; goes on where it stopped. Results:
-# experiments/results/nano.json
-DIR=out/nano; source "$(dirname "$0")/run.sh"
-for seed in 0 1 2; do
-    for method in lora full multilora autolora; do run "$method-seed$seed" --method $method --seed $seed; done
+# Everything the README shows of nano: the runs, then their numbers and figures.
+#
+#     experiments/nano.sh            # two hours on two cores; goes on where it stopped
+#     experiments/nano.sh --quick    # the same with 20 steps a run, into out/nano-quick: does it all work?
+cd "$(dirname "$0")/.."
+DIR=out/nano FLAGS="--grad_accum 4"                         # parts of rows of one length: the same, sooner
+AUTO="--method autolora"
+if [ "${1:-}" = --quick ]; then
+    DIR=out/nano-quick FLAGS="$FLAGS --steps 20 --eval_rows 20" AUTO="$AUTO --search_steps 5"
+fi
+source experiments/run.sh
+SEEDS="0 1 2"
+
+for seed in $SEEDS; do                                      # the four methods, all of rank 16
+    for method in lora full multilora; do run "$method-seed$seed" --method $method --seed $seed; done
+    run "autolora-seed$seed" $AUTO --seed $seed
 done
-for lr in 5e-3 2e-2; do run "lora-lr$lr" --method lora --lr $lr; done
-for lr in 5e-4 2e-3; do run "full-lr$lr" --method full --lr $lr; done
-for lr in 5e-3 1e-2 4e-2 8e-2; do run "multilora-lr$lr" --method multilora --lr $lr; done
-for lr in 5e-3 2e-2; do run "autolora-lr$lr" --method autolora --lr $lr; done
-run multilora-vector --method multilora --scaling vector
-for beta_lr in 0.01 0.1; do run "autolora-beta_lr$beta_lr" --method autolora --beta_lr $beta_lr; done
-for seed in 0 1 2; do
+for rank in 8 64 1; do                                      # LoRA's table 6: the rank; and the pair of its figure 3
+    for seed in $SEEDS; do run "lora-qv-r$rank-seed$seed" --targets q v --rank $rank --seed $seed; done
+done
+for task in instruct arith infer; do                        # one task alone: as many steps, as many rows of it
+    for method in lora multilora; do
+        for seed in $SEEDS; do run "$method-$task-seed$seed" --method $method --data $task --batch_size 13 --grad_accum 1 --seed $seed; done
+    done
+done
+for targets in q k v o; do                                  # LoRA's table 5: as many parameters on other targets
+    for seed in $SEEDS; do run "lora-$targets-r16-seed$seed" --targets $targets --rank 16 --seed $seed; done
+done
+for seed in $SEEDS; do run "lora-qkvo-r4-seed$seed" --targets q k v o --rank 4 --seed $seed; done
+for rank in 1 2 64; do                                      # the rank, on all targets
+    for seed in $SEEDS; do run "lora-all-r$rank-seed$seed" --rank $rank --seed $seed; done
+done
+finish
+for seed in $SEEDS; do                                      # AutoLoRA's ranks against as many parameters elsewhere
     for kind in uniform random; do
         python experiments/ranks.py "$DIR/autolora-seed$seed.pt" $kind $seed "$DIR/ranks-$kind$seed"
         run "$kind-seed$seed" --ranks "$DIR/ranks-$kind$seed" --seed $seed
     done
 done
+for n in 1 8 2; do                                          # MultiLoRA: how many blocks
+    for seed in $SEEDS; do run "multilora-n$n-seed$seed" --method multilora --n_blocks $n --seed $seed; done
+done
+for seed in $SEEDS; do run "autolora-first-order-seed$seed" $AUTO --hypergrad first-order --seed $seed; done
+for lr in 5e-3 2e-2; do run "lora-lr$lr" --method lora --lr $lr; done         # each method's learning rate
+for lr in 5e-4 2e-3; do run "full-lr$lr" --method full --lr $lr; done
+for lr in 1e-2 4e-2 8e-2; do run "multilora-lr$lr" --method multilora --lr $lr; done
+for lr in 5e-3 2e-2; do run "autolora-lr$lr" $AUTO --lr $lr; done
+for beta_lr in 0.01 0.1; do run "autolora-beta_lr$beta_lr" $AUTO --beta_lr $beta_lr; done
+for seed in $SEEDS; do run "multilora-vector-seed$seed" --method multilora --scaling vector --seed $seed; done
+finish
 collect experiments/results/nano.json

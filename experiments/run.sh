@@ -1,29 +1,45 @@
-# Sourced by the other scripts: `run NAME flags ...` makes $DIR/NAME.pt with train.py, unless an earlier call
-# did, and goes on where an interrupted one stopped. `collect FILE` writes what all of $DIR's runs came to; what FILE
-# has of runs that are not in $DIR stays.
+# Sourced by the other scripts. `run NAME flags ...` makes $DIR/NAME.pt with train.py $FLAGS, unless an earlier call
+# did, and goes on where an interrupted one stopped; $JOBS runs at a time, each with its share of the cores and its
+# output in $DIR/NAME.log. `finish` waits for them. `collect FILE` writes what all of $DIR's finished runs came to.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-mkdir -p "$DIR" experiments/results
+: "${JOBS:=$(python -c 'import os; print(os.cpu_count())')}"
+export OMP_NUM_THREADS=$(python -c "import os; print(max(1, os.cpu_count() // $JOBS))")
+mkdir -p "$DIR" experiments/results experiments/figures
+trap 'kill $(jobs -rp) 2>/dev/null; wait' EXIT       # train.py then leaves a checkpoint, and the next call resumes
+
+started=()
+finished() { [ -f "$DIR/$1.pt" ] && tail -n 1 "$DIR/$1.jsonl" | grep -q '"after"'; }
 
 run() {
-    local out="$DIR/$1.pt"
-    if [ -f "$out" ] && tail -n 1 "$DIR/$1.jsonl" | grep -q '"after"'; then return; fi
-    echo "== $1"
-    if [ -f "$out" ]; then python train.py --resume "$out"; else python train.py "${@:2}" --out "$out"; fi
+    local out="$DIR/$1.pt" log="$DIR/$1.log"
+    if finished "$1"; then return; fi
+    while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
+    echo "$(date +%T) $1"
+    if [ -f "$out" ]; then set -- "$1" --resume "$out"; else set -- "$1" ${FLAGS:-} "${@:2}" --out "$out"; fi
+    python train.py "${@:2}" >>"$log" 2>&1 &
+    started+=("$1")
+}
+
+finish() {
+    wait
+    for name in "${started[@]}"; do
+        if ! finished "$name"; then echo "$name has failed: see $DIR/$name.log" >&2; exit 1; fi
+    done
 }
 
 collect() {
     python - "$DIR" "$1" <<'PYTHON'
 import json, pathlib, sys, torch
-out = pathlib.Path(sys.argv[2])
-runs = json.loads(out.read_text())["runs"] if out.exists() else {}
+runs = {}
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*.pt")):
     held = torch.load(path, map_location="cpu", weights_only=True)
     if "after" in held:
         last = json.loads(path.with_suffix(".jsonl").read_text().splitlines()[-1])
-        run = {k: held["args"][k] for k in ("method", "model", "lr", "seed", "steps", "batch_size", "dtype")}
+        run = {k: held["args"][k] for k in ("method", "model", "data", "lr", "seed", "steps", "batch_size", "dtype")}
         if "adapter" in held:
             ranks = list(held["adapter"]["ranks"].values())
+            run |= {"targets": held["args"]["targets"]}
             run |= {"parameters": sum(t.numel() for t in held["adapter"]["tensors"].values())}
             run |= {"rank": ranks[0]} if len(set(ranks)) == 1 else {"ranks": ranks}
         if run["method"] == "autolora":
@@ -34,9 +50,9 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.pt")):
             kept = (a >= 1 / a.size(-1)).sum(-1).float().mean(-1).tolist()
             run |= {k: held["args"][k] for k in ("max_rank", "beta_lr", "eta", "hypergrad", "search_steps", "split")}
             run |= {"search": {"steps": steps, "kept": kept, "top": a.amax(-1).mean(-1).tolist()}}
-        run |= {"file_MB": path.stat().st_size / 1e6, "seconds": last["seconds"], "samples": last["samples"]}
+        run |= {"file_MB": path.stat().st_size / 1e6, "samples": last["samples"]}
         runs[path.stem] = run | {k: {pathlib.Path(t).name: r for t, r in last[k].items()} for k in ("before", "after")}
-text = json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "runs": runs}, indent=1)
-out.write_text(text + "\n")
+text = json.dumps({"torch": torch.__version__, "runs": runs}, indent=1)
+pathlib.Path(sys.argv[2]).write_text(text + "\n")
 PYTHON
 }
