@@ -5,8 +5,8 @@ What did training do to the weights? The papers' studies of ΔW, on checkpoints 
     python analyze.py out/full.pt out/lora.pt out/multilora.pt      # side by side, and every two of them
     python analyze.py a.pt b.pt --study subspace --targets q v
 
-Prints a table and leaves figures, and one JSON with every number drawn, in a folder beside the first checkpoint.
-The studies:
+Prints tables and leaves figures, and one JSON with every number drawn, in a folder beside the first checkpoint.
+Checkpoints that differ by their seed alone are drawn as one. The studies:
 
     spectrum       singular values of ΔW (MultiLoRA, section 3)
     subspace       which directions two ΔW share (LoRA, figures 3 and 4)
@@ -15,13 +15,16 @@ The studies:
     ranks          AutoLoRA's ranks, and its selection variables over the search
     intruders      singular vectors of W + ΔW that are none of W's (arXiv 2410.21228)
 
-Each is drawn next to a null, a Gaussian ΔW of the same rank and norm: what is not different from it says nothing.
-U, S, V are always those of ΔW = U diag(S) Vᵀ: U (d_out, r) output directions, V (d_in, r) input directions.
+Each is shown next to a null, a Gaussian ΔW of the same rank and norm: what is not different from it says nothing.
+U, S, V are those of ΔW = U diag(S) Vᵀ: U (d_out, r) output directions, V (d_in, r) input directions. Where the LoRA
+paper takes V from A alone, it is here that of the product B A.
 """
 import argparse
 import itertools
 import json
 import math
+import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +42,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLORS = {"full": "#000000", "lora": "#0072b2", "multilora": "#d55e00", "autolora": "#009e73"}      # Okabe and Ito's
-NULL = "#999999"
-DIRECTIONS = 64     # of a full ΔW, at most so many are compared
+NULL = dict(color="#999999", linestyle=":", linewidth=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,8 +76,7 @@ def top_share(S):
 
 def effective_rank(S):
     """exp of the entropy of σ / Σσ (Roy and Vetterli 2007): r for r equal values, 1 for one."""
-    p = S / S.sum()
-    return torch.special.entr(p).sum().exp().item()
+    return torch.special.entr(S / S.sum()).sum().exp().item()
 
 
 def stable_rank(S):
@@ -105,50 +106,52 @@ def projection(W, U, V):
     return torch.linalg.norm(U.T @ W @ V).item()
 
 
-def amplification(W, B, A):
-    """‖ΔW‖_F / ‖Uᵀ W V‖_F for ΔW = B A: how much larger ΔW is than W in the directions of ΔW. LoRA, section 7.3."""
-    U, S, V = svd((B, A))
+def amplification(W, U, S, V):
+    """‖ΔW‖_F / ‖Uᵀ W V‖_F: how much larger ΔW = U diag(S) Vᵀ is than W in its own directions. LoRA, section 7.3."""
     return torch.linalg.norm(S).item() / projection(W, U, V)
 
 
-def intruders(W, delta, epsilons, k=10, U=None):
-    """
-    For every ε: of the first k left singular vectors of W + ΔW, how many have a cosine below ε with each of W's, `U`
-    where they are known already.
-    """
-    U = svd(W)[0] if U is None else U
-    changed = W + (delta if torch.is_tensor(delta) else delta[0] @ delta[1])
+def intruders(U, changed, epsilons, k=10):
+    """For every ε: of the first k left singular vectors of W + ΔW, how many have no cosine of ε or more with W's, U."""
     best = (U.T @ svd(changed)[0][:, :k]).abs().amax(0)
     return [(best < e).sum().item() for e in epsilons]
 
 
 def gaussian_like(delta, seed=0):
-    """The null: Gaussian factors, or a Gaussian matrix, of the same shapes and Frobenius norm."""
+    """The null: U, S, V of Gaussian factors, or of a Gaussian matrix, of the same shapes and Frobenius norm."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda t: torch.randn(t.shape, generator=g).to(t)
-    if torch.is_tensor(delta):
-        new = draw(delta)
-        return new * (delta.norm() / new.norm())
-    B, A = draw(delta[0]), draw(delta[1])
-    return B * (spectrum(*delta).norm() / spectrum(B, A).norm()), A
+    norm = torch.linalg.norm(delta if torch.is_tensor(delta) else svd(delta)[1])
+    U, S, V = svd(draw(delta) if torch.is_tensor(delta) else tuple(map(draw, delta)))
+    return U, S * (norm / S.norm()), V
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
+class Weights(dict):
+    """{name: W (d_out, d_in)} of the base, which all checkpoints share; each is decomposed at most once."""
+
+    def svd(self, name):
+        known = self.__dict__.setdefault("known", {})
+        if name not in known:
+            known[name] = svd(self[name])
+        return known[name]
+
+
 @dataclass
 class Checkpoint:
     path: Path
     args: dict                                      # train.py's settings
-    W: dict                                         # {name: base weight (d_out, d_in)}
+    W: Weights
     delta: dict                                     # {name: (B, A) or a dense ΔW}
-    ranks: dict
+    ranks: dict                                     # {name: r}, of an adapter
     parameters: int
+    step: int                                       # that it was written after
     results: dict                                   # {task: {"loss": ..., "exact": ...}}, where the run has ended
     search: dict
     log: list                                       # of dicts, a line of the log each
-    W_factors: dict                                 # {name: (U, S, V) of W}, one dict for all, filled by `svd_of_W`
-    factors: dict = field(default_factory=dict)     # {name: (U, S, V) of ΔW}, filled by `decompose`
+    factors: dict = field(default_factory=dict)     # {name: (U, S, V) of ΔW}, filled by `measure`
 
     @property
     def method(self):
@@ -164,7 +167,7 @@ def load(paths, device="cpu", base=None):
     Checkpoints of train.py, all of one base: `base`, or the model their settings name. Raises ValueError or
     FileNotFoundError for a file that is none, and where the base is another or cannot be found.
     """
-    model, name, found, W_factors = None, None, [], {}
+    model, found = None, []
     for path in map(Path, paths):
         held = read(path)
         if not {"args", "base", "step"} <= held.keys():
@@ -178,33 +181,34 @@ def load(paths, device="cpu", base=None):
                 model = GPT.from_pretrained(name, args["n_head"]).to(device)
             except (FileNotFoundError, ConnectionError) as e:
                 raise ValueError(f"{path}: its base {name} cannot be read; say where it is with --base ({e})") from None
-        if held["base"] != (mark := lora.fingerprint(model)):
+            mark, W = lora.fingerprint(model), Weights()
+        if held["base"] != mark:
             raise ValueError(f"{path}: was trained on another base than {name}: on one with fingerprint {held['base']}, "
                              f"not {mark}; all checkpoints must have one base")
-        W = {n: m.weight.detach() for n, m in lora.linear_layers(model).items()}
+        W.update({n: m.weight.detach() for n, m in lora.linear_layers(model).items()})
         if args["method"] == "full":
-            delta = {n: held["model"][f"{n}.weight"].to(device).float() - w for n, w in W.items()}
-            parameters = sum(t.numel() for t in held["model"].values())
-            ranks = {}
+            delta, ranks, trained = {n: held["model"][f"{n}.weight"].to(device).float() - w for n, w in W.items()}, {}, held["model"]
         else:
             layers = lora.adapters(lora.load(model, held["adapter"]))
-            delta = {n: tuple(t.detach() for t in m.factors()) for n, m in layers.items()}
-            parameters, ranks = sum(t.numel() for t in held["adapter"]["tensors"].values()), held["adapter"]["ranks"]
+            delta, ranks = {n: tuple(t.detach() for t in m.factors()) for n, m in layers.items()}, held["adapter"]["ranks"]
+            trained = held["adapter"]["tensors"]
             lora.remove(model)
-        log = Path(str(path).removesuffix(".pt") + ".jsonl")
+        log = path.with_name(path.name.removesuffix(".pt") + ".jsonl")
         lines = [json.loads(x) for x in log.read_text().splitlines() if x.endswith("}")] if log.is_file() else []
-        found.append(Checkpoint(path, args, W, delta, ranks, parameters, held.get("after") or {}, held.get("search") or {}, lines, W_factors))
+        found.append(Checkpoint(path, args, W, delta, ranks, sum(t.numel() for t in trained.values()),
+                                held["step"], held.get("after") or {}, held.get("search") or {}, lines))
     return found
 
 
 def choose(checkpoints, targets, layers):
-    """Keep the matrices of these targets ("q v") and layers ([0, 3]); None keeps all. Raises ValueError for others."""
+    """Keep the matrices of these targets (["q", "v"]) and layers ([0, 3]); None keeps all. Raises ValueError for others."""
     for c in checkpoints:
-        kinds, numbers = ({part(n) for n in c.delta} for part in (target_of, layer_of))
-        for flag, wanted, there in (("targets", targets, kinds), ("layers", layers, numbers)):
+        for flag, wanted, part in (("targets", targets, target_of), ("layers", layers, layer_of)):
+            there = {part(n) for n in c.delta}
             for t in wanted or []:
                 if t not in there:
                     raise ValueError(f"--{flag} {t}: {c.path} has no such ΔW; choose from {' '.join(map(str, sorted(there)))}")
+    for c in checkpoints:
         c.delta = {n: d for n, d in c.delta.items() if (not targets or target_of(n) in targets)
                    and (not layers or layer_of(n) in layers)}
 
@@ -217,42 +221,110 @@ def layer_of(name):
     return int(name.split(".")[1])
 
 
-def decompose(checkpoints):
-    """Fill in U, S, V of every ΔW, saying how far it is."""
-    total, done = sum(len(c.delta) for c in checkpoints), 0
+def seeds(checkpoints):
+    """{label: the checkpoints that differ by their seed alone}, in the order they came."""
+    found, ignored = {}, {"seed", "out", "resume", "eval", "prompt", "device"}
     for c in checkpoints:
-        for name, delta in c.delta.items():
-            c.factors[name] = svd(delta)
-            done += 1
-            progress(f"decomposing ΔW {done}/{total}", done == total)
+        settings = json.dumps({k: v for k, v in c.args.items() if k not in ignored}, sort_keys=True)
+        found.setdefault(settings, []).append(c)
+    common = lambda members: re.sub(r"[-_.]*(seed)?\d*$", "", os.path.commonprefix([c.label for c in members])) or members[0].label
+    return {m[0].label if len(m) == 1 else f"{common(m)}, {len(m)} seeds": m for m in found.values()}
 
 
-def svd_of_W(checkpoint, name):
-    if name not in checkpoint.W_factors:
-        checkpoint.W_factors[name] = svd(checkpoint.W[name])
-    return checkpoint.W_factors[name]
-
-
-def progress(text, last):
+def progress(text, done, total):
     if sys.stderr.isatty():
-        print(f"\r{text:<60}" if not last else "\r" + " " * 60 + "\r", end="", file=sys.stderr, flush=True)
+        print(f"\r{f'{text} {done}/{total}':<60}" if done < total else f"\r{'':60}\r", end="", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The studies on checkpoints: each returns its numbers, for the JSON, and draws them
+# The table: what can be said of one ΔW alone
+
+MEASURES = {"top1": "top-1", "effective_rank": "eff. rank", "stable_rank": "st. rank", "amplification": "amplif."}
+
+
+def measures(W, U, S, V, r):
+    """Of one ΔW, in numbers; against W in its first r directions."""
+    return {"S": S.tolist(), "top1": top_share(S), "effective_rank": effective_rank(S), "stable_rank": stable_rank(S),
+            "n_for_90": n_for_energy(S), "delta": S[:r].norm().item(), "projection": projection(W, U[:, :r], V[:, :r]),
+            "amplification": amplification(W, U[:, :r], S[:r], V[:, :r])}
+
+
+def measure(checkpoints):
+    """
+    {label: {name: `measures` of ΔW}}, with "null", those of a Gaussian ΔW. A full ΔW is compared with W in its first
+    16 directions: all of them would be all of W. In a large W, the norm in W's own directions is from a randomised SVD.
+    """
+    numbers, nulls, tops, total, done = {}, {}, {}, sum(len(c.delta) for c in checkpoints), 0
+    for c in checkpoints:
+        numbers[c.label] = {}
+        for name, delta in c.delta.items():
+            W, (U, S, V) = c.W[name], c.factors.setdefault(name, svd(delta))
+            if not 0 < S[0] < math.inf:
+                raise ValueError(f"{c.path}: ΔW of {name} has norm {S[0].item():g}: there is nothing to study after step "
+                                 f"{c.step}")
+            r = min(16, len(S)) if torch.is_tensor(delta) else len(S)
+            if (key := (*W.shape, len(S))) not in nulls:                # one Gaussian for all ΔW of this shape
+                nulls[key] = gaussian_like(delta)
+            NU, NS, NV = nulls[key]
+            if (name, r) not in tops:
+                torch.manual_seed(0)
+                q = min(r + 16, *W.shape)
+                own = torch.svd_lowrank(W, q, niter=2)[1] if min(W.shape) > 512 else torch.linalg.svdvals(W)
+                tops[name, r] = own[:r].norm().item()
+            numbers[c.label][name] = {
+                "r": r, "W": W.norm().item(), "top_W": tops[name, r], "expected_random": W.norm().item() * r / math.sqrt(W.numel()),
+                **measures(W, U, S, V, r), "null": measures(W, NU, NS * (S.norm() / NS.norm()), NV, r)}
+            progress("decomposing ΔW", done := done + 1, total)
+    return numbers
+
+
+def cell(values, digits):
+    if not values:
+        return "-"
+    digits = digits if mean(values) < 100 else 0
+    return f"{mean(values):.{digits}f}" + (f"±{stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def summary(checkpoints, numbers):
+    """
+    (rows of numbers, lines of text) for each checkpoint, mean ± standard deviation over its matrices; for those that
+    differ by their seed alone, over the seeds; and for their Gaussian.
+    """
+    rows, lines = {}, [f"{'mean ± std over matrices':27}{'parameters':>11}" + "".join(f"{text:>10}" for text in MEASURES.values())]
+    cells = lambda r: "".join(f"{cell(r[k], d):>10}" for k, d in zip(MEASURES, (2, 1, 1, 1)))
+    for label, members in seeds(checkpoints).items():
+        for c in members:
+            row = {"parameters": c.parameters, "matrices": len(c.delta)}
+            row |= {k: [mean(v)] if (v := [r[k] for r in c.results.values() if k in r]) else [] for k in ("loss", "exact")}
+            rows[c.label] = row | {k: [x[k] for x in numbers[c.label].values()] for k in MEASURES}
+        own = [rows[c.label] for c in members]
+        if len(own) > 1:
+            rows[label] = {k: [mean(r[k]) for r in own if r[k]] if isinstance(v, list) else round(mean(r[k] for r in own))
+                           for k, v in own[0].items()}
+        null = rows[label]["null"] = {k: [x["null"][k] for c in members for x in numbers[c.label].values()] for k in MEASURES}
+        names = dict.fromkeys([*(c.label for c in members), label])
+        lines += [f"{n[:27]:27}{rows[n]['parameters']:11,}{cells(rows[n])}" for n in names] + [f"{'  Gaussian':38}{cells(null)}"]
+    lines += ["", f"{'results, mean over tasks':27}{'loss':>13}{'exact match':>13}"]
+    lines += [f"{label[:27]:27}{cell(r['loss'], 3):>13}{cell(r['exact'], 3):>13}" for label, r in rows.items()]
+    return rows, lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The studies on checkpoints: each draws its figures into the folder `out` and returns what it drew that is not in the
+# numbers of `measure` already
 
 def style(checkpoints):
-    """{label: how its lines look}: the method's colour, and a dash for every further checkpoint of that method."""
-    seen, out = {}, {}
-    for c in checkpoints:
-        n = seen[c.method] = seen.get(c.method, -1) + 1
-        out[c.label] = dict(color=COLORS[c.method], linestyle=["-", "--", "-.", ":"][n % 4], label=c.label)
-    return out
+    """{label: how its lines look}: the method's colour, and a dash for every further line of that method."""
+    looks, count = {}, {}
+    for label, (c, *_) in seeds(checkpoints).items():
+        n = count[c.method] = count.get(c.method, -1) + 1
+        looks[label] = dict(color=COLORS[c.method], linestyle=["-", "--", "-.", (0, (1, 1))][n % 4], label=label)
+    return looks
 
 
 def panels(n, title, columns=3, size=(3.2, 2.6), **kw):
     rows, columns = math.ceil(n / columns), min(n, columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.5), squeeze=False,
+    fig, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.6), squeeze=False,
                              layout="constrained", **kw)
     fig.suptitle(title, fontsize=11)
     axes = list(axes.flat)
@@ -261,57 +333,99 @@ def panels(n, title, columns=3, size=(3.2, 2.6), **kw):
     return fig, axes[:n]
 
 
-def legend(fig, ax):
-    handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=8)
+def curve(ax, x, real, null, look, band=True):
+    """The mean of some lines and their range; dotted, the mean of the null's."""
+    ax.plot(x, np.mean(real, 0), **look)
+    if band:
+        ax.fill_between(x, np.min(real, 0), np.max(real, 0), color=look["color"], alpha=0.12, linewidth=0)
+    ax.plot(x, np.mean(null, 0), color=look["color"], linestyle=":", linewidth=1)
+
+
+def finish(fig, ax, path, null="a Gaussian ΔW (dotted)"):
+    """The legend below, then the file."""
+    if null:
+        ax.plot([], [], label=null, **NULL)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2 if fig.get_figwidth() < 6 else 4,
+               frameon=False, fontsize=8)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
 
 
 def targets_of(checkpoints):
     return list(dict.fromkeys(target_of(n) for c in checkpoints for n in c.delta))
 
 
-def spectrum_study(checkpoints, out):
-    """Share of each singular value in their sum, for every ΔW and for a Gaussian one."""
-    numbers = {}
-    for c in checkpoints:
-        numbers[c.label] = {}
-        for name, (_, S, _) in c.factors.items():
-            null = svd(gaussian_like(c.delta[name]))[1]
-            numbers[c.label][name] = {"S": S.tolist(), "null": null.tolist(), "top_share": top_share(S),
-                                      "effective_rank": effective_rank(S), "stable_rank": stable_rank(S),
-                                      "n_for_90": n_for_energy(S)}
-    targets, looks = targets_of(checkpoints), style(checkpoints)
-    title = "Spectrum of ΔW: mean over the layers, and their range" if len(checkpoints) > 1 else f"Spectrum of ΔW, {checkpoints[0].label}"
-    fig, axes = panels(len(targets), title, sharey=True)
+def rows_of(members, numbers, target):
+    """[(layer, numbers)] of one target in checkpoints that differ by their seed."""
+    return [(layer_of(n), x) for c in members for n, x in numbers[c.label].items() if target_of(n) == target]
+
+
+def spectrum_study(checkpoints, numbers, out):
+    """Share of each singular value in their sum, by target; of one checkpoint, a line for each layer."""
+    targets, looks, alone = targets_of(checkpoints), style(checkpoints), len(checkpoints) == 1
+    fig, axes = panels(len(targets), f"Singular values of ΔW: {checkpoints[0].label}, each layer" if alone else
+                       "Singular values of ΔW: mean over layers and seeds, and range", sharey=True)
     for ax, target in zip(axes, targets):
-        for c in checkpoints:
-            rows = {n: x for n, x in numbers[c.label].items() if target_of(n) == target}
-            length = max((len(x["S"]) for x in rows.values()), default=0)
-            if not rows:
-                continue
-            share = lambda key: np.array([[v / sum(x[key]) for v in x[key]] + [0.0] * (length - len(x[key])) for x in rows.values()])
-            real, null, i = share("S"), share("null"), range(1, length + 1)
-            if len(checkpoints) == 1:
-                for name, line in zip(rows, real):
-                    depth = layer_of(name) / max(1, max(map(layer_of, c.delta)))
-                    ax.plot(i, line, color=plt.cm.viridis(0.9 * depth), label=f"layer {layer_of(name)}", linewidth=1)
-                ax.plot(i, null.mean(0), color=NULL, linestyle=":", label="Gaussian ΔW")
-            else:
-                ax.plot(i, real.mean(0), **looks[c.label])
-                ax.fill_between(i, real.min(0), real.max(0), color=COLORS[c.method], alpha=0.12, linewidth=0)
-                ax.plot(i, null.mean(0), color=COLORS[c.method], linestyle=":", linewidth=0.8, label=f"Gaussian, as {c.label}")
-        ax.set(title=f"ΔW of {target}", xlabel="i", yscale="log", ylim=(1e-3, 1))
-        if length > 100:
-            ax.set_xscale("log")
+        longest = max(len(x["S"]) for c in checkpoints for _, x in rows_of([c], numbers, target))
+        share = lambda S, length=0: np.pad(S, (0, max(0, length - len(S)))) / sum(S)
+        for label, members in seeds(checkpoints).items():
+            rows = rows_of(members, numbers, target)
+            length = max((len(x["S"]) for _, x in rows), default=0)
+            if alone:
+                for layer, x in rows:
+                    ax.plot(range(1, len(x["S"]) + 1), share(x["S"]), linewidth=1, label=f"layer {layer}",
+                            color=plt.cm.viridis(0.9 * layer / max(1, rows[-1][0])))
+                ax.plot(range(1, len(x["S"]) + 1), share(x["null"]["S"]), **NULL)
+            elif rows:
+                curve(ax, range(1, length + 1), [share(x["S"], length) for _, x in rows],
+                      [share(x["null"]["S"], length) for _, x in rows], looks[label])
+        ax.set(title=f"ΔW of {target}", xlabel="i", yscale="log", ylim=(2e-4, 1), xscale="log" if longest > 100 else "linear")
     axes[0].set_ylabel("σᵢ / Σσ")
-    legend(fig, axes[0])
-    save(fig, out / "spectrum.png")
-    return numbers
+    finish(fig, axes[0], out / "spectrum.png")
+
+    fig, (left, right) = panels(2, "Over all ΔW", size=(4, 2.8))        # MultiLoRA's comparison, as a histogram
+    top = max(x["top1"] for c in checkpoints for x in numbers[c.label].values())
+    for label, members in seeds(checkpoints).items():
+        every = [x for c in members for x in numbers[c.label].values()]
+        look = {"histtype": "step", "density": True, **looks[label]}
+        left.hist([x["top1"] for x in every], bins=np.linspace(0, top, 16), **look)
+        right.hist([math.log10(v / sum(x["S"])) for x in every for v in x["S"] if v > 1e-6 * x["S"][0]],
+                   bins=np.linspace(-4, 0, 33), **look)
+    left.set(xlabel="share of the largest value, σ₁ / Σσ", ylabel="density")
+    right.set(xlabel="log₁₀ σᵢ / Σσ of all values")
+    finish(fig, left, out / "histogram.png", null=None)
+    return {}
 
 
-def subspace_study(checkpoints, out):
+def amplification_study(checkpoints, numbers, out):
+    """‖ΔW‖ / ‖UᵀWV‖ by layer; and printed, the norms of LoRA's table 7."""
+    targets, looks = targets_of(checkpoints), style(checkpoints)
+    fig, axes = panels(len(targets), "Amplification ‖ΔW‖ / ‖UᵀWV‖ in the directions U, V of ΔW", sharey=True)
+    for ax, target in zip(axes, targets):
+        for label, members in seeds(checkpoints).items():
+            rows = rows_of(members, numbers, target)
+            layers = sorted({layer for layer, _ in rows})
+            of = lambda get: [[get(x) for l, x in rows if l == layer] for layer in layers]
+            if rows:
+                curve(ax, layers, np.transpose(of(lambda x: x["amplification"])),
+                      np.transpose(of(lambda x: x["null"]["amplification"])), looks[label])
+        ax.set(title=f"ΔW of {target}", xlabel="layer", yscale="log")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylabel("times")
+    finish(fig, axes[0], out / "amplification.png")
+    print(f"\n{'':27}{'‖UᵀWV‖, U and V of':>30}\n{'mean over matrices':27}{'ΔW':>9}{'W':>9}{'random':>9}{'‖ΔW‖':>9}{'‖W‖':>9}{'r':>6}")
+    for label, members in seeds(checkpoints).items():
+        every = [x for c in members for x in numbers[c.label].values()]
+        columns = [mean(of(x) for x in every) for of in (lambda x: x["projection"], lambda x: x["top_W"], lambda x: x["null"]["projection"],
+                                                         lambda x: x["delta"], lambda x: x["W"], lambda x: x["r"])]
+        print(f"{label[:27]:27}" + "".join(f"{v:9.2f}" for v in columns[:-1]) + f"{columns[-1]:6.1f}")
+    return {}
+
+
+def subspace_study(checkpoints, numbers, out, most=64):
     """φ(i, j) of every two checkpoints, for input and output directions; drawn for one layer, two targets."""
-    numbers = {}
+    found = {}
+    print(f"\n{'':45}{'two Gaussians':>18}\n{'φ, mean over matrices':27}" + f"{'first':>9}{'all':>9}" * 2)
     for a, b in itertools.combinations(checkpoints, 2):
         common = [n for n in a.factors if n in b.factors]
         if not common:
@@ -320,240 +434,144 @@ def subspace_study(checkpoints, out):
         layer = layers[len(layers) // 2]
         shown = [n for n in common if layer_of(n) == layer]
         shown = [n for n in shown if target_of(n) in "qv"] or shown[:2]
-        rows, corners = {}, {}
+        drawn, ends = {}, {}
         for n in common:
-            null = [svd(gaussian_like(c.delta[n], seed)) for seed, c in ((1, a), (2, b))]
-            phi = {side: {what: subspace_similarity(x[k][:, :DIRECTIONS], y[k][:, :DIRECTIONS])
-                          for what, (x, y) in (("phi", (a.factors[n], b.factors[n])), ("null", null))}
-                   for side, k in (("V", 2), ("U", 0))}
-            corners[n] = {f"{side} {what}": [p[0, 0].item(), p.flatten()[-1].item()] for side in phi for what, p in phi[side].items()}
+            pair = [(U[:, :most], S[:most], V[:, :most]) for U, S, V in (a.factors[n], b.factors[n])]
+            nulls = [gaussian_like((U * S, V.T), seed) for seed, (U, S, V) in enumerate(pair, 1)]
+            phi = {f"{side} {what}": subspace_similarity(x[k], y[k])
+                   for what, (x, y) in (("phi", pair), ("null", nulls)) for side, k in (("V", 2), ("U", 0))}
+            ends[n] = {what: [p[0, 0].item(), p[-1, -1].item()] for what, p in phi.items()}
             if n in shown:
-                rows[n] = {side: {what: p.tolist() for what, p in phi[side].items()} for side in phi}
-        numbers[f"{a.label} and {b.label}"] = {"drawn": rows, "first and last": corners}
-        m = {k: [mean(c[k][i] for c in corners.values()) for i in (0, 1)] for k in next(iter(corners.values()))}
-        if len(numbers) == 1:
-            print("\nφ of the first direction and of all, mean over the matrices; of two Gaussians")
+                drawn[n] = {what: p.tolist() for what, p in phi.items()}
+        found[f"{a.label} and {b.label}"] = {"drawn": drawn, "first and last": ends}
         print(f"{a.label} and {b.label}")
         for side, text in (("V", "input"), ("U", "output")):
-            print(f"  {text:7}" + ";".join(f"{m[f'{side} {what}'][0]:7.2f}{m[f'{side} {what}'][1]:7.2f}" for what in ("phi", "null")))
-        fig, axes = panels(3 * 2 * len(shown), f"φ(i, j) of ΔW: {a.label} (i) and {b.label} (j), layer {layer}",
+            print(f"  {text:25}" + "".join(f"{mean(e[f'{side} {what}'][i] for e in ends.values()):9.2f}"
+                                           for what in ("phi", "null") for i in (0, 1)))
+        fig, axes = panels(6 * len(shown), f"φ(i, j) of ΔW: {a.label} (i) and {b.label} (j), layer {layer}",
                            columns=2 * len(shown), size=(2.2, 2.2))
-        for row, (side, what, text) in enumerate((("V", "phi", "input"), ("U", "phi", "output"), ("V", "null", "two Gaussians"))):
-            for col, (n, zoom) in enumerate([(n, z) for z in (False, True) for n in shown]):
-                phi = torch.tensor(rows[n][side][what])
-                m = min(8, *phi.shape) if zoom else None
-                ax = axes[row * 2 * len(shown) + col]
-                image = ax.imshow(phi[:m, :m].T.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower",
-                                  extent=[0.5, (m or phi.size(0)) + 0.5, 0.5, (m or phi.size(1)) + 0.5])
-                ax.set_title(f"{target_of(n)}, {text}" + f", first {m}" * zoom, fontsize=8)
-                ax.tick_params(labelsize=7)
+        views = itertools.product((("V phi", "input"), ("U phi", "output"), ("V null", "two Gaussians")), (False, True), shown)
+        for ax, ((what, text), zoom, n) in zip(axes, views):
+            phi = np.array(drawn[n][what])
+            phi = phi[:8, :8] if zoom else phi
+            image = ax.imshow(phi.T, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower",
+                              extent=[0.5, phi.shape[0] + 0.5, 0.5, phi.shape[1] + 0.5])
+            ax.set_title(f"{target_of(n)}, {text}" + ", first 8" * zoom, fontsize=8)
+            ax.tick_params(labelsize=7)
         for ax in axes[-2 * len(shown):]:
             ax.set_xlabel("i")
-        for row in range(3):
-            axes[row * 2 * len(shown)].set_ylabel("j")
+        for ax in axes[::2 * len(shown)]:
+            ax.set_ylabel("j")
         fig.colorbar(image, ax=axes, shrink=0.6, label="φ")
-        save(fig, out / f"subspace-{a.label}-{b.label}.png")
-    return numbers
+        fig.savefig(out / f"subspace-{a.label}-{b.label}.png", dpi=150)
+        plt.close(fig)
+    return found
 
 
-def top_directions(checkpoint, name, r):
-    """U, V of W's r largest singular values; by a randomised SVD where W is large and was not decomposed before."""
-    W = checkpoint.W[name]
-    if name in checkpoint.W_factors or min(W.shape) <= 512:
-        U, _, V = svd_of_W(checkpoint, name)
-    else:
-        torch.manual_seed(0)
-        U, _, V = torch.svd_lowrank(W, q=min(r + 16, min(W.shape)), niter=2)
-    return U[:, :r], V[:, :r]
+def against_all_of_W(checkpoints, out, name, x, real_and_null, title, **labels):
+    """One panel over x, for studies that need a dense SVD of W: of all in a small model, else of q and v of three layers."""
+    found = {}
+    fig, (ax,) = panels(1, title, size=(5, 3.4))
+    for label, members in seeds(checkpoints).items():
+        for c in members:
+            names, layers = list(c.delta), sorted({layer_of(n) for n in c.delta})
+            if min(c.W[names[0]].shape) > 256:
+                few = {layers[0], layers[len(layers) // 2], layers[-1]}
+                names = [n for n in names if layer_of(n) in few and target_of(n) in "qv"] or names[:6]
+            found[c.label] = {}
+            for i, n in enumerate(names, 1):
+                found[c.label][n] = dict(zip(("real", "null"), real_and_null(c, n)))
+                progress(f"{name}, {c.label}", i, len(names))
+        rows = [row for c in members for row in found[c.label].values()]
+        curve(ax, x, [r["real"] for r in rows], [r["null"] for r in rows], style(checkpoints)[label], band=False)
+    ax.set(**labels)
+    finish(fig, ax, out / f"{name}.png")
+    return {"x": list(x), **found}
 
 
-def amplification_study(checkpoints, out):
-    """‖ΔW‖ and ‖UᵀWV‖ with the directions of ΔW, of W and random ones, and the amplification, for every ΔW."""
-    numbers, tops = {}, {}
-    for c in checkpoints:
-        numbers[c.label] = {}
-        for i, (n, (U, S, V)) in enumerate(c.factors.items(), 1):
-            r, W = min(len(S), 16 if torch.is_tensor(c.delta[n]) else DIRECTIONS), c.W[n]
-            if (n, r) not in tops:
-                tops[n, r] = top_directions(c, n, r)
-            Ur, _, Vr = svd(gaussian_like((U[:, :r] * S[:r], V[:, :r].T)))
-            norm = S[:r].norm().item()
-            row = {"r": r, "delta": norm, "W": W.norm().item(), "in_delta": projection(W, U[:, :r], V[:, :r]),
-                   "in_W": projection(W, *tops[n, r]), "in_random": projection(W, Ur, Vr),
-                   "expected_random": W.norm().item() * r / math.sqrt(W.numel())}
-            numbers[c.label][n] = row | {"factor": norm / row["in_delta"], "null": norm / row["in_random"]}
-            progress(f"amplification, {c.label} {i}/{len(c.factors)}", i == len(c.factors))
-    targets, looks = targets_of(checkpoints), style(checkpoints)
-    fig, axes = panels(len(targets), "Amplification ‖ΔW‖ / ‖UᵀWV‖ by layer: U, V of ΔW, and random (dotted)", sharey=True)
-    for ax, target in zip(axes, targets):
-        for c in checkpoints:
-            rows = {layer_of(n): x for n, x in numbers[c.label].items() if target_of(n) == target}
-            ax.plot(list(rows), [x["factor"] for x in rows.values()], marker="o", markersize=3, **looks[c.label])
-            ax.plot(list(rows), [x["null"] for x in rows.values()], color=COLORS[c.method], linestyle=":", linewidth=1)
-        ax.set(title=f"ΔW of {target}", xlabel="layer", yscale="log")
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].set_ylabel("times")
-    legend(fig, axes[0])
-    save(fig, out / "amplification.png")
-    return numbers
+def directions_study(checkpoints, numbers, out):
+    """φ between the input directions of ΔW, its first 64, and the top share of W's."""
+    shares = [i / 20 for i in range(1, 21)]
+
+    def phi(c, n):
+        top = c.W.svd(n)[2]
+        at = [max(1, round(s * top.size(1))) - 1 for s in shares]
+        return [subspace_similarity(top, V[:, :64])[at, -1].tolist() for _, _, V in (c.factors[n], gaussian_like(c.delta[n]))]
+
+    return against_all_of_W(checkpoints, out, "directions", shares, phi, "Input directions of ΔW in the top ones of W",
+                            xlabel="share of W's directions, largest first", ylabel="φ, mean over matrices")
 
 
-def sample(checkpoint):
-    """Names for the studies that need a dense SVD of W: all in a small model, else q and v of three layers."""
-    names, layers = list(checkpoint.delta), sorted({layer_of(n) for n in checkpoint.delta})
-    if min(checkpoint.W[names[0]].shape) <= 256:
-        return names
-    few = {layers[0], layers[len(layers) // 2], layers[-1]}
-    return [n for n in names if layer_of(n) in few and target_of(n) in "qv"] or names[:6]
+def intruders_study(checkpoints, numbers, out):
+    """How many of the first ten singular vectors of W + ΔW are none of W's, by ε."""
+    epsilons = [i / 20 for i in range(1, 20)]
+
+    def counts(c, n):
+        return [intruders(c.W.svd(n)[0], c.W[n] + U * S @ V.T, epsilons) for U, S, V in (c.factors[n], gaussian_like(c.delta[n]))]
+
+    return against_all_of_W(checkpoints, out, "intruders", epsilons, counts, "Singular vectors of W + ΔW that are none of W's",
+                            xlabel="ε: a cosine below it counts as none of W's", ylabel="of the first ten, mean over matrices",
+                            ylim=(-0.3, 10.3))
 
 
-def directions_study(checkpoints, out):
-    """φ between V of ΔW, all of it, and the top share of W's input directions; mean over the matrices."""
-    shares, numbers = [i / 20 for i in range(1, 21)], {}
-    fig, axes = panels(1, "Input directions of ΔW in the top ones of W", size=(5, 3.4))
-    for c in checkpoints:
-        rows, names = {}, sample(c)
-        for i, n in enumerate(names, 1):
-            top = svd_of_W(c, n)[2]
-            at = [max(1, round(s * top.size(1))) - 1 for s in shares]
-            rows[n] = {what: subspace_similarity(top, V[:, :DIRECTIONS])[at, -1].tolist() for what, V in
-                       (("phi", c.factors[n][2]), ("null", svd(gaussian_like(c.delta[n]))[2]))}
-            progress(f"directions, {c.label} {i}/{len(names)}", i == len(names))
-        numbers[c.label] = rows
-        for what, look in (("phi", style(checkpoints)[c.label]), ("null", dict(color=COLORS[c.method], linestyle=":", linewidth=1))):
-            axes[0].plot(shares, np.mean([x[what] for x in rows.values()], 0), **look)
-    axes[0].plot([], [], color=NULL, linestyle=":", label="Gaussian ΔW")
-    axes[0].set(xlabel="share of W's directions, largest first", ylabel="φ, mean over the matrices")
-    legend(fig, axes[0])
-    save(fig, out / "directions.png")
-    return {"shares": shares, "phi": numbers}
-
-
-def intruders_study(checkpoints, out):
-    """How many of the first ten singular vectors of W + ΔW are none of W's, by ε; mean over the matrices."""
-    epsilons, numbers = [i / 20 for i in range(1, 20)], {}
-    fig, axes = panels(1, "Singular vectors of W + ΔW that are none of W's", size=(5, 3.4))
-    for c in checkpoints:
-        names, rows = sample(c), {}
-        for i, n in enumerate(names, 1):
-            rows[n] = {what: intruders(c.W[n], delta, epsilons, U=svd_of_W(c, n)[0])
-                       for what, delta in (("count", c.delta[n]), ("null", gaussian_like(c.delta[n])))}
-            progress(f"intruders, {c.label} {i}/{len(names)}", i == len(names))
-        numbers[c.label] = rows
-        for what, look in (("count", style(checkpoints)[c.label]), ("null", dict(color=COLORS[c.method], linestyle=":", linewidth=1))):
-            axes[0].plot(epsilons, np.mean([x[what] for x in rows.values()], 0), **look)
-    axes[0].plot([], [], color=NULL, linestyle=":", label="Gaussian ΔW")
-    axes[0].set(xlabel="ε: a cosine below it counts as none of W's", ylabel="of the first ten, mean over the matrices", ylim=(-0.3, 10.3))
-    legend(fig, axes[0])
-    save(fig, out / "intruders.png")
-    return {"epsilons": epsilons, "counts": numbers}
-
-
-def ranks_study(checkpoints, out):
+def ranks_study(checkpoints, numbers, out):
     """Rank by layer and target, and over AutoLoRA's search the largest selection variable of each matrix."""
-    numbers = {}
-    for c in [c for c in checkpoints if c.ranks]:
+    found = {}
+    for c in [c for c in checkpoints if len(set(c.ranks.values())) > 1]:
         layers, targets = sorted({layer_of(n) for n in c.ranks}), list(dict.fromkeys(map(target_of, c.ranks)))
-        grid = torch.full((len(layers), len(targets)), math.nan)
+        grid = np.full((len(layers), len(targets)), math.nan)
         for n, r in c.ranks.items():
             grid[layers.index(layer_of(n)), targets.index(target_of(n))] = r
-        numbers[c.label] = {"ranks": c.ranks}
-        steps = c.search.get("steps") or []
+        found[c.label], steps = {"ranks": c.ranks}, c.search.get("steps") or []
         fig, axes = panels(1 + bool(steps), f"Ranks, {c.label}", columns=2, size=(4, 0.22 * len(layers) + 2))
-        image = axes[0].imshow(grid.numpy(), cmap="viridis", aspect="auto", vmin=0)
-        for (row, column), r in zip(itertools.product(range(len(layers)), range(len(targets))), grid.flatten().tolist()):
+        image = axes[0].imshow(grid, cmap="viridis", aspect="auto", vmin=0)
+        for (row, column), r in np.ndenumerate(grid):
             axes[0].text(column, row, "" if math.isnan(r) else f"{r:.0f}", ha="center", va="center", fontsize=7,
-                         color="white" if r < 0.6 * max(c.ranks.values()) else "black")
+                         color="white" if r < 0.6 * np.nanmax(grid) else "black")
         axes[0].set(xticks=range(len(targets)), xticklabels=targets, yticks=range(len(layers)), yticklabels=layers, ylabel="layer")
         fig.colorbar(image, ax=axes[0], label="rank")
         if steps:
             gate = autolora.GATES[c.args["gate"]][0]
             a = torch.stack([torch.stack([gate(b) for b in at]) for at in c.search["beta"]])        # (steps, matrices, k)
-            numbers[c.label] |= {"steps": steps, "selection": a.tolist()}
-            for i in range(a.size(1)):
-                axes[1].plot(steps, a[:, i].amax(-1).tolist(), color=COLORS["autolora"], linewidth=0.6, alpha=0.6)
-            axes[1].axhline(1 / a.size(-1), color=NULL, linestyle=":")
+            found[c.label] |= {"steps": steps, "selection": a.tolist()}
+            axes[1].plot(steps, a.amax(-1).tolist(), color=COLORS["autolora"], linewidth=0.6, alpha=0.6)
+            axes[1].axhline(1 / a.size(-1), **NULL)
             axes[1].set(xlabel="search step", ylabel="largest selection variable", ylim=(0, 1))
-        save(fig, out / f"ranks-{c.label}.png")
-    return numbers
+        fig.savefig(out / f"ranks-{c.label}.png", dpi=150)
+        plt.close(fig)
+    return found
 
 
 def curves(checkpoints, out):
     """Training and held-out loss over the steps, from the logs."""
-    logged = [c for c in checkpoints if c.log]
-    if not logged:
-        return {}
-    numbers, looks = {}, style(checkpoints)
+    found, looks = {}, style(checkpoints)
     fig, axes = panels(2, "Loss over the steps", size=(4, 3), sharey=True)
-    for c in logged:
-        train = [[x["step"], x["loss"]] for x in c.log if "loss" in x]
-        overall = lambda results: mean(r["loss"] for r in results.values())
-        held_out = [[x["step"], mean(x["held_out"].values())] for x in c.log if x.get("held_out")]
-        held_out = [[0, overall(x["before"])] for x in c.log if "after" in x] + held_out
-        held_out += [[x["step"], overall(x["after"])] for x in c.log if "after" in x]
-        numbers[c.label] = {"train": train, "held_out": held_out}
-        width = max(1, len(train) // 50)
-        smooth = [(train[i][0], mean(v for _, v in train[max(0, i - width + 1):i + 1])) for i in range(len(train))]
-        for ax, points in zip(axes, (smooth, held_out)):
-            ax.plot(*(zip(*points) if points else ([], [])), **looks[c.label])
+    overall = lambda results: mean(r["loss"] for r in results.values())
+    for label, members in seeds(checkpoints).items():
+        for c in members:
+            train = [[x["step"], x["loss"]] for x in c.log if "loss" in x]
+            held_out = [[0, overall(x["before"])] for x in c.log if "after" in x]
+            held_out += [[x["step"], mean(x["held_out"].values())] for x in c.log if x.get("held_out")]
+            held_out += [[x["step"], overall(x["after"])] for x in c.log if "after" in x]
+            found[c.label] = {"train": train, "held_out": held_out}
+            width = max(1, len(train) // 50)
+            smooth = [(train[i][0], mean(v for _, v in train[max(0, i - width + 1):i + 1])) for i in range(len(train))]
+            for ax, points in zip(axes, (smooth, held_out)):
+                look = {**looks[label], "label": label if c is members[0] else None, "linewidth": 1}
+                ax.plot(*(zip(*points) if points else ([], [])), **look)
     for ax, text in zip(axes, ("training rows, running mean", "held-out rows, mean over tasks")):
         ax.set(title=text, xlabel="step", yscale="log")
     axes[0].set_ylabel("loss, nats a token")
-    legend(fig, axes[0])
-    save(fig, out / "curves.png")
-    return numbers
+    finish(fig, axes[0], out / "curves.png", null=None)
+    return found
 
 
-def save(fig, path):
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
-
-
-STUDIES = {"spectrum": spectrum_study, "subspace": subspace_study, "amplification": amplification_study,
+STUDIES = {"spectrum": spectrum_study, "amplification": amplification_study, "subspace": subspace_study,
            "directions": directions_study, "ranks": ranks_study, "intruders": intruders_study}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The table and the command line
-
-def summary(checkpoints):
-    """(rows of numbers, lines of text): one for each checkpoint, one for those that differ by their seed alone."""
-    rows = {}
-    for c in checkpoints:
-        S = [s for _, s, _ in c.factors.values()]
-        amp = [s.norm().item() / projection(c.W[n], U, V) for n, (U, s, V) in c.factors.items()]
-        row = {"parameters": c.parameters, "matrices": len(S)}
-        for key in ("loss", "exact"):
-            values = [r[key] for r in c.results.values() if key in r]
-            row[key] = [mean(values)] if values else []
-        for key, values in (("top1", map(top_share, S)), ("effective_rank", map(effective_rank, S)),
-                            ("stable_rank", map(stable_rank, S)), ("amplification", amp)):
-            row[key] = list(values)
-        rows[c.label] = row
-    groups = {}
-    for c in checkpoints:
-        same = {k: v for k, v in c.args.items() if k not in ("seed", "out", "resume", "eval", "prompt", "device")}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append(c)
-    for members in groups.values():
-        if len(members) > 1:
-            own = [rows[c.label] for c in members]
-            rows[f"{len(own)} seeds: {members[0].label}"] = {
-                k: [mean(r[k]) for r in own if r[k]] if isinstance(own[0][k], list) else round(mean(r[k] for r in own)) for k in own[0]}
-
-    def cell(values, digits):
-        if not values:
-            return "-"
-        digits = digits if mean(values) < 100 else 0
-        return f"{mean(values):.{digits}f}" + (f"±{stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-    lines = [f"{'mean ± std over matrices':25} {'parameters':>11} {'top-1':>10} {'eff. rank':>10} {'st. rank':>9} {'amplif.':>10}"]
-    for label, r in rows.items():
-        lines.append(f"{label[:25]:25} {r['parameters']:11,} {cell(r['top1'], 2):>10} {cell(r['effective_rank'], 1):>10} "
-                     f"{cell(r['stable_rank'], 1):>9} {cell(r['amplification'], 1):>10}")
-    lines += ["", f"{'results, mean over tasks':26} {'loss':>13} {'exact match':>13}"]
-    lines += [f"{label[:26]:26} {cell(r['loss'], 3):>13} {cell(r['exact'], 3):>13}" for label, r in rows.items()]
-    return rows, lines
-
+# The command line
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, usage="python analyze.py CKPT [CKPT ...] [options]", allow_abbrev=False,
@@ -574,26 +592,29 @@ def main(argv=None):
     try:
         checkpoints = load(args.checkpoints, args.device, args.base)
         choose(checkpoints, args.targets, args.layers)
-        if "subspace" in (args.study or []) and len(checkpoints) < 2:
+        asked = args.study or []
+        if "subspace" in asked and len(checkpoints) < 2:
             raise ValueError("--study subspace compares: give two checkpoints or more")
+        if "ranks" in asked and all(len(set(c.ranks.values())) < 2 for c in checkpoints):
+            raise ValueError("--study ranks: none of these has ranks that differ")
         if len({c.label for c in checkpoints}) < len(checkpoints):
             raise ValueError("two checkpoints have the same name: figures could not tell them apart; copy one to another name")
         out = args.out or checkpoints[0].path.with_suffix("").with_name(checkpoints[0].label + "-analysis")
         out.mkdir(parents=True, exist_ok=True)
-        decompose(checkpoints)
-        rows, lines = summary(checkpoints)
-        numbers = {"checkpoints": {c.label: {"path": str(c.path), "args": c.args, "results": c.results} for c in checkpoints},
-                   "table": rows, "curves": curves(checkpoints, out)}
+        numbers = measure(checkpoints)
+        rows, lines = summary(checkpoints, numbers)
         print(*lines, sep="\n")
-        studies = args.study or [s for s in STUDIES if s != "subspace" or len(checkpoints) > 1]
-        for name in studies:
-            numbers[name] = STUDIES[name](checkpoints, out)
-        (out / "analysis.json").write_text(json.dumps(numbers))
+        found = {"checkpoints": {c.label: {"args": c.args, "results": c.results} for c in checkpoints}, "table": rows,
+                 "matrices": numbers, "curves": curves(checkpoints, out)}
+        for name in asked or [s for s in STUDIES if s != "subspace" or len(checkpoints) > 1]:
+            found[name] = STUDIES[name](checkpoints, numbers, out)
+        text = json.dumps(json.loads(json.dumps(found), parse_float=lambda digits: float(f"{float(digits):.6g}")))
+        (out / "analysis.json").write_text(text)
     except (ValueError, OSError) as e:
         print(f"analyze.py: {e}", file=sys.stderr)
         sys.exit(2)
     print(f"\nfigures and analysis.json are in {out}")
-    return numbers
+    return json.loads(text)
 
 
 if __name__ == "__main__":

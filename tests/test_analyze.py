@@ -2,6 +2,7 @@
 import json
 import math
 import re
+from statistics import mean, stdev
 
 import matplotlib.image
 import pytest
@@ -88,8 +89,8 @@ def test_random_subspaces_share_what_is_expected():
 def test_amplification_by_hand():
     W = torch.tensor([[1.0, 4.0], [2.0, 3.0]]).double()
     B, A = torch.tensor([[6.0], [0.0]]).double(), torch.tensor([[0.0, 2.0]]).double()    # ΔW = 12 e₁e₂ᵀ, W₁₂ = 4
-    assert amplification(W, B, A) == pytest.approx(3)
-    assert amplification(W, -B, A) == pytest.approx(3)
+    assert amplification(W, *svd((B, A))) == pytest.approx(3)
+    assert amplification(W, *svd((-B, A))) == pytest.approx(3)
     U, V = orthonormal(2, 2, 1), orthonormal(2, 2, 2)
     assert projection(W, U, V) == pytest.approx(W.norm().item())                 # all directions: all of W
 
@@ -102,19 +103,21 @@ def test_the_random_column_of_table_7():
 
 def test_intruders():
     W, e = torch.randn(30, 20).double(), [0.3, 0.6, 0.9]
-    assert intruders(W, torch.zeros(30, 20).double(), e) == [0, 0, 0]
-    U, _, Vh = torch.linalg.svd(W)
-    assert intruders(W, (1e3 * U[:, -1:], Vh[-1:]), e) == [1, 1, 1]              # an output direction that is none of W's 20
-    assert intruders(W, (1e3 * U[:, 3:4], Vh[3:4]), e) == [0, 0, 0]              # larger, but W's own
+    U, _, V = svd(W)
+    other = torch.linalg.svd(W)[0][:, -1:]                                       # an output direction that is none of W's 20
+    assert intruders(U, W, e) == [0, 0, 0]
+    assert intruders(U, W + 1e3 * other @ V[:, -1:].T, e) == [1, 1, 1]
+    assert intruders(U, W + 1e3 * U[:, 3:4] @ V[:, 3:4].T, e) == [0, 0, 0]       # larger, but W's own
 
 
 @pytest.mark.parametrize("delta", [(torch.randn(30, 4), torch.randn(4, 20)), torch.randn(30, 20)])
 def test_the_null_has_the_shape_rank_and_norm(delta):
+    U, S, V = svd(delta)
     null = gaussian_like(delta)
-    shape = lambda d: d.shape if torch.is_tensor(d) else [t.shape for t in d]
-    assert shape(null) == shape(delta)
-    close(svd(null)[1].norm(), svd(delta)[1].norm(), tol=1e-5)
-    assert abs(torch.nn.functional.cosine_similarity(svd(null)[2][:, 0], svd(delta)[2][:, 0], 0)) < 0.9
+    assert [t.shape for t in null] == [U.shape, S.shape, V.shape]
+    close(null[1].norm(), S.norm(), tol=1e-5)
+    close(null[0].T @ null[0], torch.eye(len(S)), tol=1e-5)
+    assert abs(null[2][:, 0] @ V[:, 0]) < 0.9 and not torch.equal(null[0], gaussian_like(delta, 1)[0])
 
 
 # checkpoints
@@ -137,53 +140,64 @@ def test_the_whole_report(made, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert got == json.loads((tmp_path / "analysis.json").read_text())
     figures = {f.stem for f in tmp_path.glob("*.png")}
-    assert {"spectrum", "amplification", "directions", "intruders", "curves", "ranks-autolora", "subspace-lora-lora1"} <= figures
+    assert {"spectrum", "histogram", "amplification", "directions", "intruders", "curves", "ranks-autolora", "subspace-lora-lora1"} <= figures
     for f in tmp_path.glob("*.png"):
         image = matplotlib.image.imread(f)
         assert image.std() > 0.03 and min(image.shape[:2]) > 200, f
     assert not [line for line in printed.splitlines() if len(line) > 80 and str(tmp_path) not in line]
-    assert "2 seeds: lora " in printed and got["table"]["2 seeds: lora"]["matrices"] == 24
+    assert "\nlora, 2 seeds " in printed and got["table"]["lora, 2 seeds"]["matrices"] == 24
+    null = got["table"]["multilora"]["null"]["top1"]
+    assert f"\n  Gaussian{f'{mean(null):.2f}±{stdev(null):.2f}':>38}" in printed
     # the numbers are the checkpoints'
     base = GPT.from_pretrained("nano")
     for name in ("lora", "multilora", "autolora"):
         lora.load(base, made / f"{name}.pt")
         for n, m in lora.adapters(base).items():
             S = torch.linalg.svdvals(m.delta_weight().double())[:m.rank]
-            mine = torch.tensor(got["spectrum"][name][n]["S"]).double()
+            mine = torch.tensor(got["matrices"][name][n]["S"]).double()
             assert len(mine) == m.rank and (mine - S).abs().max() < 1e-5 * S[0]
-        assert got["ranks"][name]["ranks"] == read(made / f"{name}.pt")["adapter"]["ranks"]
     lora.remove(base)
     full, n = read(made / "full.pt")["model"], "h.2.mlp.up"
     S = torch.linalg.svdvals(full[f"{n}.weight"] - base.get_submodule(n).weight)
-    assert (torch.tensor(got["spectrum"]["full"][n]["S"]) - S).abs().max() < 1e-4 * S[0]
+    assert (torch.tensor(got["matrices"]["full"][n]["S"]) - S).abs().max() < 1e-4 * S[0]
+    assert got["ranks"]["autolora"]["ranks"] == read(made / "autolora.pt")["adapter"]["ranks"]
     assert got["ranks"]["autolora"]["steps"] == [1, 2, 3, 4]
     assert got["table"]["lora"]["parameters"] == sum(t.numel() for t in read(made / "lora.pt")["adapter"]["tensors"].values())
     own = read(made / "lora.pt")["after"]
     assert got["table"]["lora"]["loss"] == [pytest.approx(sum(r["loss"] for r in own.values()) / 2)]
     assert [s for s, _ in got["curves"]["lora"]["train"]] == [1, 2, 3, 4]
-    row = got["amplification"]["lora"]["h.1.attn.q"]
+    row, full = got["matrices"]["lora"]["h.1.attn.q"], got["matrices"]["full"]["h.1.attn.q"]
     W = base.h[1].attn.q.weight.detach()
-    assert row["in_W"] == pytest.approx(torch.linalg.svdvals(W)[:4].norm().item(), rel=1e-4)
-    assert row["factor"] == pytest.approx(row["delta"] / row["in_delta"]) and row["W"] == pytest.approx(W.norm().item())
+    assert row["top_W"] == pytest.approx(torch.linalg.svdvals(W)[:4].norm().item(), rel=1e-4)
+    assert row["amplification"] == pytest.approx(row["delta"] / row["projection"], rel=1e-4)
+    assert row["W"] == pytest.approx(W.norm().item(), rel=1e-4) and row["expected_random"] == pytest.approx(row["W"] * 4 / 128, rel=1e-4)
+    assert (row["r"], full["r"]) == (4, 16) and full["delta"] == pytest.approx(torch.tensor(full["S"])[:16].norm().item(), rel=1e-4)
+    assert row["null"]["delta"] == pytest.approx(row["delta"], rel=1e-4)
+    # what is printed is what is there
+    cells = next(line for line in printed.splitlines() if line.startswith("lora1 ")).split()
+    assert cells[1:3] == ["36,864", f"{mean(got['table']['lora1']['top1']):.2f}±{stdev(got['table']['lora1']['top1']):.2f}"]
+    own = [x[k] for c in ("lora", "lora1") for x in got["matrices"][c].values() for k in ("projection",)]
+    assert f"\nlora, 2 seeds{mean(own):23.2f}" in printed
 
 
 def test_one_checkpoint_and_its_default_folder(made):
     got = analyze.main([str(made / "lora8.pt")])
-    assert "subspace" not in got and (made / "lora8-analysis" / "spectrum.png").is_file()
+    assert "subspace" not in got and got["ranks"] == {} and (made / "lora8-analysis" / "spectrum.png").is_file()
+    assert all((made / "lora8-analysis" / f"{n}.png").is_file() for n in ("histogram", "amplification", "directions", "intruders", "curves"))
 
 
 def test_two_ranks_and_a_choice_of_targets_layers_and_studies(made, tmp_path):
     got = analyze.main([str(made / "lora8.pt"), str(made / "lora.pt"), "--study", "subspace", "--targets", "q", "v",
                         "--layers", "1", "3", "--out", str(tmp_path)])
     rows = got["subspace"]["lora8 and lora"]["first and last"]
-    assert set(rows) == {f"h.{i}.attn.{t}" for i in (1, 3) for t in "qv"} and "spectrum" not in got
+    assert set(rows) == {f"h.{i}.attn.{t}" for i in (1, 3) for t in "qv"} and "directions" not in got
     drawn, (a, b) = got["subspace"]["lora8 and lora"]["drawn"], analyze.load([made / "lora8.pt", made / "lora.pt"])
     for n in ("h.3.attn.q", "h.3.attn.v"):
         for side, k in (("V", 2), ("U", 0)):
             phi = subspace_similarity(svd(a.delta[n])[k], svd(b.delta[n])[k])
-            assert phi.shape == (8, 4) and torch.allclose(torch.tensor(drawn[n][side]["phi"]), phi)
+            assert phi.shape == (8, 4) and torch.allclose(torch.tensor(drawn[n][f"{side} phi"]), phi, atol=1e-5)
             assert rows[n][f"{side} phi"] == pytest.approx([phi[0, 0].item(), phi[7, 3].item()], rel=1e-4)
-            assert torch.tensor(drawn[n][side]["null"]).max() < 0.7
+            assert torch.tensor(drawn[n][f"{side} null"]).max() < 0.7
 
 
 def test_a_stopped_run(made, tmp_path):
@@ -191,6 +205,12 @@ def test_a_stopped_run(made, tmp_path):
     torch.save({**{k: v for k, v in held.items() if k != "after"}, "step": 2, "optimizer": {}}, tmp_path / "half.pt")
     got = analyze.main([str(tmp_path / "half.pt"), "--study", "spectrum"])
     assert got["table"]["half"]["exact"] == []
+
+
+def zeroed(path):
+    held = read(path)
+    held["adapter"]["tensors"] = {n: t * (not n.endswith(".B")) for n, t in held["adapter"]["tensors"].items()}
+    return held
 
 
 @pytest.mark.parametrize("make, message", [
@@ -205,6 +225,8 @@ def test_a_stopped_run(made, tmp_path):
     (lambda made, d: [made / "lora.pt", "--base", d / "gone.pt"], "its base .*gone.pt cannot be read; say where it is with --base"),
     (lambda made, d: [analyze.lora.__file__.replace("lora.py", "pretrained/nano.pt")], "was pretrained from scratch"),
     (lambda made, d: [made / "lora.pt", "--study", "subspace"], "--study subspace compares: give two checkpoints or more"),
+    (lambda made, d: [made / "lora.pt", made / "full.pt", "--study", "ranks"], "--study ranks: none of these has ranks that differ"),
+    (lambda made, d: torch.save(zeroed(made / "lora.pt"), d / "z.pt") or [d / "z.pt"], "z.pt: ΔW of h.0.attn.q has norm 0: .* step 4"),
     (lambda made, d: [made / "lora.pt", made / "lora.pt"], "two checkpoints have the same name"),
 ])
 def test_errors_are_one_line_and_status_2(make, message, made, tmp_path, capsys):
