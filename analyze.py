@@ -111,9 +111,17 @@ def amplification(W, U, S, V):
     return torch.linalg.norm(S).item() / projection(W, U, V)
 
 
+def leading(M, k):
+    """The first k left singular vectors (d_out, k) of a dense M, from its smaller Gram matrix: sooner than an SVD."""
+    if M.size(0) > M.size(1):
+        U = M @ torch.linalg.eigh(M.T @ M)[1][:, -k:].flip(1)
+        return U / U.norm(dim=0)
+    return torch.linalg.eigh(M @ M.T)[1][:, -k:].flip(1)
+
+
 def intruders(U, changed, epsilons, k=10):
     """For every ε: of the first k left singular vectors of W + ΔW, how many have no cosine of ε or more with W's, U."""
-    best = (U.T @ svd(changed)[0][:, :k]).abs().amax(0)
+    best = (U.T @ leading(changed, k)).abs().amax(0)
     return [(best < e).sum().item() for e in epsilons]
 
 
@@ -181,15 +189,16 @@ def load(paths, device="cpu", base=None):
                 model = GPT.from_pretrained(name, args["n_head"]).to(device)
             except (FileNotFoundError, ConnectionError) as e:
                 raise ValueError(f"{path}: its base {name} cannot be read; say where it is with --base ({e})") from None
-            mark, W = lora.fingerprint(model), Weights()
-        if held["base"] != mark:
-            raise ValueError(f"{path}: was trained on another base than {name}: on one with fingerprint {held['base']}, "
-                             f"not {mark}; all checkpoints must have one base")
-        W.update({n: m.weight.detach() for n, m in lora.linear_layers(model).items()})
+            W = Weights({n: m.weight.detach() for n, m in lora.linear_layers(model).items()})
         if args["method"] == "full":
+            if held["base"] != (mark := lora.fingerprint(model)):
+                raise ValueError(f"{path}: was trained on another base than {name}: on one with fingerprint {held['base']}, not {mark}")
             delta, ranks, trained = {n: held["model"][f"{n}.weight"].to(device).float() - w for n, w in W.items()}, {}, held["model"]
         else:
-            layers = lora.adapters(lora.load(model, held["adapter"]))
+            try:
+                layers = lora.adapters(lora.load(model, held["adapter"]))
+            except ValueError as e:
+                raise ValueError(f"{path}, on {name}: {e}") from None
             delta, ranks = {n: tuple(t.detach() for t in m.factors()) for n, m in layers.items()}, held["adapter"]["ranks"]
             trained = held["adapter"]["tensors"]
             lora.remove(model)
@@ -372,9 +381,9 @@ def spectrum_study(checkpoints, numbers, out):
             rows = rows_of(members, numbers, target)
             length = max((len(x["S"]) for _, x in rows), default=0)
             if alone:
-                for layer, x in rows:
-                    ax.plot(range(1, len(x["S"]) + 1), share(x["S"]), linewidth=1, label=f"layer {layer}",
-                            color=plt.cm.viridis(0.9 * layer / max(1, rows[-1][0])))
+                for i, (layer, x) in enumerate(rows):
+                    ax.plot(range(1, len(x["S"]) + 1), share(x["S"]), linewidth=1, color=plt.cm.viridis(0.9 * i / len(rows)),
+                            label=f"layer {layer}" if i in (0, len(rows) // 2, len(rows) - 1) else None)
                 ax.plot(range(1, len(x["S"]) + 1), share(x["null"]["S"]), **NULL)
             elif rows:
                 curve(ax, range(1, length + 1), [share(x["S"], length) for _, x in rows],
@@ -545,6 +554,8 @@ def ranks_study(checkpoints, numbers, out):
 def curves(checkpoints, out):
     """Training and held-out loss over the steps, from the logs."""
     found, looks = {}, style(checkpoints)
+    if not any(c.log for c in checkpoints):
+        return found
     fig, axes = panels(2, "Loss over the steps", size=(4, 3), sharey=True)
     overall = lambda results: mean(r["loss"] for r in results.values())
     for label, members in seeds(checkpoints).items():

@@ -11,7 +11,7 @@ import torch
 import analyze
 import lora
 import train
-from analyze import amplification, effective_rank, gaussian_like, intruders, n_for_energy, projection, spectrum, stable_rank
+from analyze import amplification, effective_rank, gaussian_like, intruders, leading, n_for_energy, projection, spectrum, stable_rank
 from analyze import subspace_similarity, svd, top_share
 from model import GPT, read
 from test_lora import close
@@ -99,6 +99,12 @@ def test_the_random_column_of_table_7():
     W, r = torch.randn(60, 40).double(), 6
     got = sum(projection(W, orthonormal(60, r, s), orthonormal(40, r, 999 + s)) for s in range(200)) / 200
     assert got == pytest.approx(W.norm().item() * r / math.sqrt(60 * 40), rel=0.03)
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+def test_leading_vectors_are_those_of_the_svd(shape):
+    M = torch.randn(shape).double()
+    close((svd(M)[0][:, :5] * leading(M, 5)).sum(0).abs(), torch.ones(5).double(), tol=1e-10)
 
 
 def test_intruders():
@@ -219,9 +225,9 @@ def zeroed(path):
     (lambda made, d: torch.save({"a": 1}, d / "b.pt") or [d / "b.pt"], "b.pt: not a checkpoint of train.py"),
     (lambda made, d: [made / "lora8.pt", "--targets", "up"], "has no such ΔW; choose from q v"),
     (lambda made, d: [made / "lora.pt", "--layers", "9"], "--layers 9: .* has no such ΔW; choose from 0 1 2 3"),
-    (lambda made, d: torch.save(read(made / "lora.pt") | {"base": "0" * 16}, d / "o.pt") or [made / "lora.pt", d / "o.pt"],
+    (lambda made, d: torch.save(read(made / "full.pt") | {"base": "0" * 16}, d / "o.pt") or [made / "lora.pt", d / "o.pt"],
      "o.pt: was trained on another base than nano"),
-    (lambda made, d: [made / "lora.pt", "--base", made / "full.pt"], "was trained on another base than .*full.pt"),
+    (lambda made, d: [made / "lora.pt", "--base", made / "full.pt"], "lora.pt, on .*full.pt: the adapter was trained on another base"),
     (lambda made, d: [made / "lora.pt", "--base", d / "gone.pt"], "its base .*gone.pt cannot be read; say where it is with --base"),
     (lambda made, d: [analyze.lora.__file__.replace("lora.py", "pretrained/nano.pt")], "was pretrained from scratch"),
     (lambda made, d: [made / "lora.pt", "--study", "subspace"], "--study subspace compares: give two checkpoints or more"),
