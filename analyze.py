@@ -248,7 +248,7 @@ def progress(text, done, total):
 # ---------------------------------------------------------------------------------------------------------------------
 # The table: what can be said of one ΔW alone
 
-MEASURES = {"top1": "top-1", "effective_rank": "eff. rank", "stable_rank": "st. rank", "amplification": "amplif."}
+MEASURES = {"top1": "top-1, %", "effective_rank": "eff. rank", "stable_rank": "st. rank", "amplification": "amplif."}
 
 
 def measures(W, U, S, V, r):
@@ -296,12 +296,15 @@ def cell(values, digits):
 
 def summary(checkpoints, numbers):
     """
-    (rows of numbers, lines of text) for each checkpoint, mean ± standard deviation over its matrices; for those that
-    differ by their seed alone, over the seeds; and for their Gaussian.
+    ({label: numbers}, lines of text): of each checkpoint, measures of every matrix, and of those that differ by their
+    seed alone, each seed's mean. Printed are the mean ± standard deviation over the matrices, then over the seeds, and
+    the Gaussian's.
     """
     rows, lines = {}, [f"{'mean ± std over matrices':27}{'parameters':>11}" + "".join(f"{text:>10}" for text in MEASURES.values())]
-    cells = lambda r: "".join(f"{cell(r[k], d):>10}" for k, d in zip(MEASURES, (2, 1, 1, 1)))
+    results = ["", f"{'results, mean over tasks':27}{'loss':>13}{'exact match':>13}"]
+    cells = lambda r: "".join(f"{cell([100 * v for v in r[k]] if k == 'top1' else r[k], 1):>10}" for k in MEASURES)
     for label, members in seeds(checkpoints).items():
+        every = [x for c in members for x in numbers[c.label].values()]
         for c in members:
             row = {"parameters": c.parameters, "matrices": len(c.delta)}
             row |= {k: [mean(v)] if (v := [r[k] for r in c.results.values() if k in r]) else [] for k in ("loss", "exact")}
@@ -310,11 +313,12 @@ def summary(checkpoints, numbers):
         if len(own) > 1:
             rows[label] = {k: [mean(r[k]) for r in own if r[k]] if isinstance(v, list) else round(mean(r[k] for r in own))
                            for k, v in own[0].items()}
-        null = rows[label]["null"] = {k: [x["null"][k] for c in members for x in numbers[c.label].values()] for k in MEASURES}
-        names = dict.fromkeys([*(c.label for c in members), label])
-        lines += [f"{n[:27]:27}{rows[n]['parameters']:11,}{cells(rows[n])}" for n in names] + [f"{'  Gaussian':38}{cells(null)}"]
-    lines += ["", f"{'results, mean over tasks':27}{'loss':>13}{'exact match':>13}"]
-    lines += [f"{label[:27]:27}{cell(r['loss'], 3):>13}{cell(r['exact'], 3):>13}" for label, r in rows.items()]
+        rows[label]["null"] = {k: [x["null"][k] for x in every] for k in MEASURES}
+        lines.append(f"{label[:27]:27}{rows[label]['parameters']:11,}{cells({k: [x[k] for x in every] for k in MEASURES})}")
+        lines += [f"{'  over the seeds':38}{cells(rows[label])}"] if len(own) > 1 else []
+        lines.append(f"{'  Gaussian':38}{cells(rows[label]['null'])}")
+        results.append(f"{label[:27]:27}{cell(rows[label]['loss'], 3):>13}{cell(rows[label]['exact'], 3):>13}")
+    lines += results
     return rows, lines
 
 

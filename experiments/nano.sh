@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Everything the README shows of nano: the runs, then their numbers and figures.
+# Everything the README shows of nano: the runs, then their numbers in experiments/results, figures in
+# experiments/figures and the README's tables.
 #
 #     experiments/nano.sh            # two hours on two cores; goes on where it stopped
 #     experiments/nano.sh --quick    # the same with 20 steps a run, into out/nano-quick: does it all work?
 cd "$(dirname "$0")/.."
-DIR=out/nano FLAGS="--grad_accum 4"                         # parts of rows of one length: the same, sooner
+DIR=out/nano RESULTS=experiments/results FLAGS="--grad_accum 4"                         # parts of rows of one length: the same, sooner
 AUTO="--method autolora"
 if [ "${1:-}" = --quick ]; then
-    DIR=out/nano-quick FLAGS="$FLAGS --steps 20 --eval_rows 20" AUTO="$AUTO --search_steps 5"
+    DIR=out/nano-quick RESULTS=out/nano-quick FLAGS="$FLAGS --steps 20 --eval_rows 20" AUTO="$AUTO --search_steps 5"
 fi
 source experiments/run.sh
 SEEDS="0 1 2"
@@ -38,7 +39,7 @@ for seed in $SEEDS; do                                      # AutoLoRA's ranks a
         run "$kind-seed$seed" --ranks "$DIR/ranks-$kind$seed" --seed $seed
     done
 done
-for n in 1 8 2; do                                          # MultiLoRA: how many blocks
+for n in 1 8; do                                            # MultiLoRA: how many blocks
     for seed in $SEEDS; do run "multilora-n$n-seed$seed" --method multilora --n_blocks $n --seed $seed; done
 done
 for seed in $SEEDS; do run "autolora-first-order-seed$seed" $AUTO --hypergrad first-order --seed $seed; done
@@ -47,6 +48,31 @@ for lr in 5e-4 2e-3; do run "full-lr$lr" --method full --lr $lr; done
 for lr in 1e-2 4e-2 8e-2; do run "multilora-lr$lr" --method multilora --lr $lr; done
 for lr in 5e-3 2e-2; do run "autolora-lr$lr" $AUTO --lr $lr; done
 for beta_lr in 0.01 0.1; do run "autolora-beta_lr$beta_lr" $AUTO --beta_lr $beta_lr; done
-for seed in $SEEDS; do run "multilora-vector-seed$seed" --method multilora --scaling vector --seed $seed; done
+for seed in $SEEDS; do
+    run "multilora-n2-seed$seed" --method multilora --n_blocks 2 --seed $seed
+    run "multilora-vector-seed$seed" --method multilora --scaling vector --seed $seed
+done
 finish
-collect experiments/results/nano.json
+collect $RESULTS/nano.json
+
+report() {          # NAME CHECKPOINTS: the table as it is printed, and its numbers without the spectra and curves
+    python analyze.py "${@:2}" --out "$DIR/$1" | grep -v "^figures and" | tee "$RESULTS/nano_$1.txt"
+    python - "$DIR/$1/analysis.json" > "$RESULTS/nano_$1.json" <<'PYTHON'
+import json, sys
+found = json.load(open(sys.argv[1]))
+slim = lambda row: {k: slim(v) if k == "null" else v for k, v in row.items() if k != "S"}
+matrices = {c: {n: slim(row) for n, row in rows.items()} for c, rows in found["matrices"].items()}
+ends = {pair: x["first and last"] for pair, x in found.get("subspace", {}).items()}
+print(json.dumps({"table": found["table"], "matrices": matrices, "subspace": ends}))
+PYTHON
+}
+
+report methods $DIR/{full,lora,multilora,autolora}-seed?.pt --study spectrum amplification directions intruders ranks
+report subspaces $DIR/lora-qv-r8-seed0.pt $DIR/lora-qv-r64-seed0.pt $DIR/lora-qv-r64-seed1.pt \
+    --study amplification subspace directions
+if [ $RESULTS = experiments/results ]; then
+    cp $DIR/methods/{spectrum,histogram,amplification,directions,intruders,curves,ranks-autolora-seed0}.png experiments/figures
+    cp $DIR/subspaces/subspace-lora-qv-{r8-seed0-lora-qv-r64-seed0,r64-seed0-lora-qv-r64-seed1}.png experiments/figures
+    python experiments/figures.py
+    python experiments/tables.py
+fi
