@@ -347,10 +347,11 @@ def panels(n, title, columns=3, size=(3.2, 2.6), **kw):
 
 
 def curve(ax, x, real, null, look, band=True):
-    """The mean of some lines and their range; dotted, the mean of the null's."""
+    """The mean of some lines and the range of what is not 0 in them; dotted, the mean of the null's."""
     ax.plot(x, np.mean(real, 0), **look)
     if band:
-        ax.fill_between(x, np.min(real, 0), np.max(real, 0), color=look["color"], alpha=0.12, linewidth=0)
+        there = np.where(np.array(real) > 0, real, math.nan)
+        ax.fill_between(x, np.nanmin(there, 0), np.nanmax(there, 0), color=look["color"], alpha=0.12, linewidth=0)
     ax.plot(x, np.mean(null, 0), color=look["color"], linestyle=":", linewidth=1)
 
 
@@ -503,7 +504,7 @@ def against_all_of_W(checkpoints, out, name, x, real_and_null, title, **labels):
 
 
 def directions_study(checkpoints, numbers, out):
-    """φ between the input directions of ΔW, its first 64, and the top share of W's."""
+    """φ between the input directions of ΔW, its first 64, and the top share of W's (which are not all where d_in > d_out)."""
     shares = [i / 20 for i in range(1, 21)]
 
     def phi(c, n):

@@ -5,8 +5,9 @@ The README's tables, written from experiments/results into the places that the R
 """
 import json
 import re
+from itertools import combinations
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import correlation, mean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -124,6 +125,73 @@ def four_tasks():
         (t, f"{r['before'][t]['loss']:.3f}", f"{x['loss']:.3f}", f"{x['exact']:.3f}") for t, x in r["after"].items()))
 
 
+def share(method, what, null=False):
+    """Of the runs of a method: each seed's mean over its matrices; or the Gaussian's over all."""
+    row = METHODS["table"][f"{method}, 3 seeds"]
+    return mean(row["null"][what]) if null else row[what]
+
+
+def phi(a, b, side, what="phi", i=0):
+    """φ of two runs on q and v, mean over the matrices: of the first direction (i = 0) or of all (1)."""
+    return mean(x[f"{side} {what}"][i] for x in SUBSPACES["subspace"][f"lora-qv-{a} and lora-qv-{b}"].values())
+
+
+def amplified(name, target):
+    """Of one run's ΔW of a target, mean over the layers: amplification, and a Gaussian's."""
+    of = [x for n, x in SUBSPACES["matrices"][name].items() if n.endswith(target)]
+    return mean(x["amplification"] for x in of), mean(x["null"]["amplification"] for x in of)
+
+
+def claims():
+    step, two = BENCH["training"], ("r8-seed0", "r64-seed0")
+    ratio = lambda name: f"{step[name]['ratio']:.2f} ({quartiles(step[name], 2)})"
+    shape = next(iter(BENCH["latency"]))
+    late = lambda name: f"{BENCH['latency'][shape][name]['ratio']:.2f}"
+    mega = lambda name, what: f"{step[name][what]:.1f}"
+    ranks_found = [r["ranks"] for r in runs("autolora")]
+    alike = pm((correlation(a, b) for a, b in combinations(ranks_found, 2)), 2)
+    gain = lambda task: (mean(exact(r, task) for r in runs("multilora")) - mean(exact(r, task) for r in runs("lora")),
+                         mean(map(exact, runs(f"multilora-{task}"))) - mean(map(exact, runs(f"lora-{task}"))))
+    gains = "; ".join(f"{t} {gain(t)[0]:+.3f} and {gain(t)[1]:+.3f}" for t in ("instruct", "arith", "infer"))
+    amp, null = amplified("lora-qv-r8-seed0", "q")
+    table = [
+        ("LoRA", "is on par with full fine-tuning or better (tables 2 to 4)", f"{over_seeds('lora')}", f"full: {over_seeds('full')}", "LORA"),
+        ("", "has fewer trainable parameters, a smaller optimizer state and checkpoint: 1/10,000 and 1/3 of the memory for GPT-3",
+         f"AdamW {mega('LoRA', 'optimizer_MB')} MB, file {mega('LoRA', 'file_MB')} MB",
+         f"full: {mega('full fine-tuning', 'optimizer_MB')} and {mega('full fine-tuning', 'file_MB')} MB", "holds"),
+        ("", "trains 25 % faster (GPT-3)", "1", f"full: {ratio('full fine-tuning')}", "holds"),
+        ("", f"adds no latency once merged (table 1), forward pass of {shape}", late("LoRA, merged"),
+         f"adapter layers: {late('adapter layers')}; unmerged: {late('LoRA')}", "holds"),
+        ("", "r = 1 or 2 is enough on q and v (table 6: 73.4 for r = 1, 73.5 for 64)",
+         f"r = 1: {over_seeds('lora-qv-r1')}; r = 64: {over_seeds('lora-qv-r64')}", f"all six, r = 1: {over_seeds('lora-all-r1')}", "R12"),
+        ("", "q and v together beat one matrix at equal parameters (table 5: 73.7; q 70.4, k 70.0, v 73.0, o 73.2)",
+         f"q, v: {over_seeds('lora-qv-r8')}", "; ".join(f"{t}: {over_seeds(f'lora-{t}-r16')}" for t in "qkvo"), "QV"),
+        ("", "runs of r = 8 and 64 share their top directions, the others not (figure 3: φ(1, 1) > 0.5)",
+         f"φ(1, 1) {phi(*two, 'V'):.2f} (input), {phi(*two, 'U'):.2f} (output); φ(8, 64) {phi(*two, 'V', i=1):.2f}, {phi(*two, 'U', i=1):.2f}",
+         f"two Gaussians: {phi(*two, 'V', 'null'):.2f}, {phi(*two, 'U', 'null'):.2f}; {phi(*two, 'V', 'null', 1):.2f}, {phi(*two, 'U', 'null', 1):.2f}",
+         "R8"),
+        ("", "two seeds too (figure 4)", *(f"φ(1, 1) {phi('r64-seed0', 'r64-seed1', 'V', w):.2f} (input), {phi('r64-seed0', 'r64-seed1', 'U', w):.2f} (output); "
+                                         f"φ(64, 64) {phi('r64-seed0', 'r64-seed1', 'V', w, 1):.2f}, {phi('r64-seed0', 'r64-seed1', 'U', w, 1):.2f}"
+                                         for w in ("phi", "null")), "SEEDS"),
+        ("", "ΔW_q amplifies directions that W does not emphasise (table 7: 21.6 times for r = 4)", f"{amp:.1f} times, r = 8",
+         f"a Gaussian ΔW of that norm: {null:.1f}", "AMP"),
+        ("MultiLoRA", "LoRA's ΔW is dominated by its top singular vectors, MultiLoRA's and full fine-tuning's less",
+         f"σ₁ / Σσ: LoRA {pm(share('lora', 'top1'))}, MultiLoRA {pm(share('multilora', 'top1'))}, full {pm(share('full', 'top1'))}",
+         f"Gaussians: {share('lora', 'top1', True):.3f}, {share('multilora', 'top1', True):.3f}, {share('full', 'top1', True):.3f}", "TOP"),
+        ("", "does better than LoRA of as many parameters on a mixture", over_seeds("multilora"), f"LoRA: {over_seeds('lora')}", "MIX"),
+        ("", "and more so than on single tasks", f"its gain, in the mixture and alone: {gains}", "three seeds each, spreads in the table below", "SINGLE"),
+        ("", "more blocks do better", f"n = 1: {over_seeds('multilora-n1')}; n = 8: {over_seeds('multilora-n8')}", f"LoRA: {over_seeds('lora')}", "BLOCKS"),
+        ("", "is as fast as LoRA; takes more memory", f"step {ratio('MultiLoRA, n = 4')}; saved for backward {mega('MultiLoRA, n = 4', 'saved_MB')} MB",
+         f"LoRA: 1; {mega('LoRA', 'saved_MB')} MB", "COST"),
+        ("AutoLoRA", "finds ranks that differ by layer", f"{min(map(min, ranks_found))} to {max(map(max, ranks_found))} of 16; correlation "
+         f"of two seeds' ranks {alike}", "0 for ranks by chance", "RANKS"),
+        ("", "beats LoRA of equal ranks and of random ones", over_seeds("autolora"),
+         f"equal: {over_seeds('uniform')}; random: {over_seeds('random')}", "BEATS"),
+        ("", "needs the hypergradient's second term", f"with it {over_seeds('autolora')}", f"first-order: {over_seeds('autolora-first-order')}", "SECOND"),
+    ]
+    return rows(("method", "claim", "here", "control", "verdict"), *table)
+
+
 def quartiles(r, digits=3):
     return f"{r['quartiles'][0]:.{digits}f} to {r['quartiles'][1]:.{digits}f}"
 
@@ -150,7 +218,7 @@ def printed(name):
     return f"    {(RESULTS / f'{name}.txt').read_text().rstrip()}".replace("\n", "\n    ").replace("    \n", "\n")
 
 
-BLOCKS = {f.__name__: f for f in (methods, learning_rates, ranks, targets, blocks, single, found_ranks, search, planted, real_text,
+BLOCKS = {f.__name__: f for f in (claims, methods, learning_rates, ranks, targets, blocks, single, found_ranks, search, planted, real_text,
                                   four_tasks, steps, latency, generation)}
 BLOCKS |= {name: lambda name=name: printed(name) for name in ("nano_methods", "nano_subspaces")}
 
@@ -162,7 +230,7 @@ def fill(text):
             raise ValueError(f"no table {match[1]}: choose from {' '.join(BLOCKS)}")
         return f"<!-- {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- (\w+) -->\n(?:.*?\n)?<!-- end -->", table, text, flags=re.S)
+    return re.sub(r"<!-- (?!end )(\w+) -->\n.*?<!-- end -->", table, text, flags=re.S)
 
 
 if __name__ == "__main__":
