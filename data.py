@@ -240,13 +240,18 @@ class Windows:
 
 
 def read_text(path, tok, T):
-    """Windows of a .txt or .txt.xz file. Raises ValueError where it cannot be read or has no two windows."""
+    """The tokens of a .txt, .txt.xz or .npy file. Raises ValueError where it cannot be read or has no two windows of T."""
     try:
-        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as f:
-            text = f.read()
-    except (lzma.LZMAError, EOFError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: not readable as text ({e})") from None
-    tokens = np.concatenate([np.array(tok.encode_ordinary(part) + [tok.eot_token], np.uint16) for part in text.split(EOT)])
+        if path.suffix == ".npy":
+            tokens = np.load(path)
+            if tokens.ndim != 1 or tokens.dtype != np.uint16 or tokens.max(initial=0) >= tok.n_vocab:
+                raise ValueError(f"it should be one row of uint16 below {tok.n_vocab}")
+        else:
+            with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as f:
+                parts = [tok.encode_ordinary(part) + [tok.eot_token] for part in f.read().split(EOT)]
+            tokens = np.concatenate([np.array(ids, np.uint16) for ids in parts])
+    except (lzma.LZMAError, EOFError, ValueError) as e:
+        raise ValueError(f"{path}: not readable as {'tokens' if path.suffix == '.npy' else 'text'} ({e})") from None
     if len(Windows(tokens, T)) < 2:
         raise ValueError(f"{path}: {len(tokens)} tokens are too few for a window to train on and one held out, "
                          f"of {T} each; choose a smaller block")
@@ -270,7 +275,7 @@ def source(name, tok, T):
             raise ValueError(f"{name}: one row is too few to train on one and hold one out")
         random.Random(0).shuffle(rows)
         return rows[n:], rows[:n], f"{n} of {len(rows)} rows held out"
-    if path.suffix in (".txt", ".xz") and path.is_file():
+    if path.suffix in (".txt", ".xz", ".npy") and path.is_file():
         tokens = read_text(path, tok, T)
         windows = (len(tokens) - 1) // T
         n = max(1, windows // 100)
@@ -283,7 +288,7 @@ def source(name, tok, T):
 def load(names, tok, block_size, eval_rows=200):
     """
     A Task for every name: a built-in task, `skills` or `mixture` (all of them), a .jsonl file, a folder that
-    holds train.jsonl and valid.jsonl or test.jsonl, or plain text (.txt, .txt.xz). Rows that do not fit the
+    holds train.jsonl and valid.jsonl or test.jsonl, or plain text (.txt, .txt.xz, or its tokens as .npy). Rows that do not fit the
     block are left out, and the task's note says how many. Of the held-out rows, `eval_rows` are kept, evenly
     spread; which rows are held out does not depend on that. Raises ValueError or FileNotFoundError.
     """

@@ -99,7 +99,7 @@ def parse(argv=None):
     add = p.add_argument_group("data").add_argument
     add("--data", default=["mixture"], nargs="+", metavar="TASK",
         help="any of: mixture (default, five built-in tasks), skills (what nano knows), one of either by name, a .jsonl "
-             "file, a folder with train.jsonl and valid.jsonl or test.jsonl, text (.txt .txt.xz)")
+             "file, a folder with train.jsonl and valid.jsonl or test.jsonl, text (.txt .txt.xz, or tokens: .npy)")
     add("--mix", default="equal", choices=["equal", "proportional"], help="tasks' shares of a batch (default %(default)s)")
     add("--eval_rows", default=200, type=number(int, 1), help="held-out rows of each task (default %(default)s)")
 

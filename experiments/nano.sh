@@ -5,7 +5,7 @@
 #     experiments/nano.sh            # two hours on two cores; goes on where it stopped
 #     experiments/nano.sh --quick    # the same with 20 steps a run, into out/nano-quick: does it all work?
 cd "$(dirname "$0")/.."
-DIR=out/nano RESULTS=experiments/results FLAGS="--grad_accum 4"                         # parts of rows of one length: the same, sooner
+DIR=out/nano FLAGS="--grad_accum 4"                         # parts of rows of one length: the same, sooner
 AUTO="--method autolora"
 if [ "${1:-}" = --quick ]; then
     DIR=out/nano-quick RESULTS=out/nano-quick FLAGS="$FLAGS --steps 20 --eval_rows 20" AUTO="$AUTO --search_steps 5"
@@ -55,24 +55,12 @@ done
 finish
 collect $RESULTS/nano.json
 
-report() {          # NAME CHECKPOINTS: the table as it is printed, and its numbers without the spectra and curves
-    python analyze.py "${@:2}" --out "$DIR/$1" | grep -v "^figures and" | tee "$RESULTS/nano_$1.txt"
-    python - "$DIR/$1/analysis.json" > "$RESULTS/nano_$1.json" <<'PYTHON'
-import json, sys
-found = json.load(open(sys.argv[1]))
-slim = lambda row: {k: slim(v) if k == "null" else v for k, v in row.items() if k != "S"}
-matrices = {c: {n: slim(row) for n, row in rows.items()} for c, rows in found["matrices"].items()}
-ends = {pair: x["first and last"] for pair, x in found.get("subspace", {}).items()}
-print(json.dumps({"table": found["table"], "matrices": matrices, "subspace": ends}))
-PYTHON
-}
-
-report methods $DIR/{full,lora,multilora,autolora}-seed?.pt --study spectrum amplification directions intruders ranks
-report subspaces $DIR/lora-qv-r8-seed0.pt $DIR/lora-qv-r64-seed0.pt $DIR/lora-qv-r64-seed1.pt \
+report nano_methods $DIR/{full,lora,multilora,autolora}-seed?.pt --study spectrum amplification directions intruders ranks
+report nano_subspaces $DIR/lora-qv-r8-seed0.pt $DIR/lora-qv-r64-seed0.pt $DIR/lora-qv-r64-seed1.pt \
     --study amplification subspace directions
 if [ $RESULTS = experiments/results ]; then
-    cp $DIR/methods/{spectrum,histogram,amplification,directions,intruders,curves,ranks-autolora-seed0}.png experiments/figures
-    cp $DIR/subspaces/subspace-lora-qv-{r8-seed0-lora-qv-r64-seed0,r64-seed0-lora-qv-r64-seed1}.png experiments/figures
+    cp $DIR/nano_methods/{spectrum,histogram,amplification,directions,intruders,curves,ranks-autolora-seed0}.png experiments/figures
+    cp $DIR/nano_subspaces/subspace-lora-qv-{r8-seed0-lora-qv-r64-seed0,r64-seed0-lora-qv-r64-seed1}.png experiments/figures
     python experiments/figures.py
     python experiments/tables.py
 fi

@@ -1,11 +1,14 @@
 # Sourced by the other scripts. `run NAME flags ...` makes $DIR/NAME.pt with train.py $FLAGS, unless an earlier call
 # did, and goes on where an interrupted one stopped; $JOBS runs at a time, each with its share of the cores and its
-# output in $DIR/NAME.log. `finish` waits for them. `collect FILE` writes what all of $DIR's finished runs came to.
+# output in $DIR/NAME.log. `finish` waits for them. `collect FILE` writes what all of $DIR's finished runs came to;
+# `report NAME flags ...` what analyze.py prints of some to $RESULTS/NAME.txt, and its numbers, but for spectra and
+# curves, to NAME.json.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${JOBS:=$(python -c 'import os; print(os.cpu_count())')}"
 export OMP_NUM_THREADS=$(python -c "import os; print(max(1, os.cpu_count() // $JOBS))")
-mkdir -p "$DIR" experiments/results experiments/figures
+RESULTS=${RESULTS:-experiments/results}
+mkdir -p "$DIR" "$RESULTS" experiments/figures
 trap 'kill $(jobs -rp) 2>/dev/null; wait' EXIT       # train.py then leaves a checkpoint, and the next call resumes
 
 started=()
@@ -54,5 +57,17 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.pt")):
         runs[path.stem] = run | {k: {pathlib.Path(t).name: r for t, r in last[k].items()} for k in ("before", "after")}
 text = json.dumps({"torch": torch.__version__, "runs": runs}, indent=1)
 pathlib.Path(sys.argv[2]).write_text(text + "\n")
+PYTHON
+}
+
+report() {
+    python analyze.py "${@:2}" --out "$DIR/$1" | grep -v "^figures and" | tee "$RESULTS/$1.txt"
+    python - "$DIR/$1/analysis.json" > "$RESULTS/$1.json" <<'PYTHON'
+import json, sys
+found = json.load(open(sys.argv[1]))
+slim = lambda row: {k: slim(v) if k == "null" else v for k, v in row.items() if k != "S"}
+matrices = {c: {n: slim(row) for n, row in rows.items()} for c, rows in found["matrices"].items()}
+ends = {pair: x["first and last"] for pair, x in found.get("subspace", {}).items()}
+print(json.dumps({"table": found["table"], "matrices": matrices, "subspace": ends}))
 PYTHON
 }

@@ -154,13 +154,19 @@ def test_load(tmp_path):
         load(["add"], TOK, 3)
 
 
-def test_xz_text_is_the_same_text(tmp_path):
+def test_xz_text_and_its_tokens_are_the_same_text(tmp_path):
     text = "once upon a time " * 20
     (tmp_path / "a.txt").write_text(text)
     with lzma.open(tmp_path / "b.txt.xz", "wt") as f:
         f.write(text)
     a, b = load([str(tmp_path / "a.txt"), str(tmp_path / "b.txt.xz")], TOK, 32)
-    assert np.array_equal(a.train[2].ids, b.train[2].ids)
+    np.save(tmp_path / "c.npy", np.array(TOK.encode_ordinary(text) + [TOK.eot_token], np.uint16))
+    c, = load([str(tmp_path / "c.npy")], TOK, 32)
+    assert np.array_equal(a.train[2].ids, b.train[2].ids) and np.array_equal(a.train[2].ids, c.train[2].ids)
+    for bad in (np.arange(300, dtype=np.uint16), np.zeros(300), np.zeros((2, 300), np.uint16)):
+        np.save(tmp_path / "bad.npy", bad)
+        with pytest.raises(ValueError, match="bad.npy: not readable as tokens .it should be one row of uint16 below 257"):
+            load([str(tmp_path / "bad.npy")], TOK, 32)
     (tmp_path / "c.txt").write_text("short")
     with pytest.raises(ValueError, match="6 tokens are too few"):
         load([str(tmp_path / "c.txt")], TOK, 32)
