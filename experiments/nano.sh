@@ -17,6 +17,13 @@ for seed in $SEEDS; do                                      # the four methods, 
     for method in lora full multilora; do run "$method-seed$seed" --method $method --seed $seed; done
     run "autolora-seed$seed" $AUTO --seed $seed
 done
+finish
+for seed in $SEEDS; do                                      # AutoLoRA's ranks against as many parameters elsewhere
+    for kind in uniform random; do
+        python experiments/ranks.py "$DIR/autolora-seed$seed.pt" $kind $seed "$DIR/ranks-$kind$seed"
+        run "$kind-seed$seed" --ranks "$DIR/ranks-$kind$seed" --seed $seed
+    done
+done
 for rank in 8 64 1; do                                      # LoRA's table 6: the rank; and the pair of its figure 3
     for seed in $SEEDS; do run "lora-qv-r$rank-seed$seed" --targets q v --rank $rank --seed $seed; done
 done
@@ -32,13 +39,6 @@ for seed in $SEEDS; do run "lora-qkvo-r4-seed$seed" --targets q k v o --rank 4 -
 for rank in 1 2 64; do                                      # the rank, on all targets
     for seed in $SEEDS; do run "lora-all-r$rank-seed$seed" --rank $rank --seed $seed; done
 done
-finish
-for seed in $SEEDS; do                                      # AutoLoRA's ranks against as many parameters elsewhere
-    for kind in uniform random; do
-        python experiments/ranks.py "$DIR/autolora-seed$seed.pt" $kind $seed "$DIR/ranks-$kind$seed"
-        run "$kind-seed$seed" --ranks "$DIR/ranks-$kind$seed" --seed $seed
-    done
-done
 for n in 1 8; do                                            # MultiLoRA: how many blocks
     for seed in $SEEDS; do run "multilora-n$n-seed$seed" --method multilora --n_blocks $n --seed $seed; done
 done
@@ -46,8 +46,6 @@ for seed in $SEEDS; do run "autolora-first-order-seed$seed" $AUTO --hypergrad fi
 for lr in 5e-3 2e-2; do run "lora-lr$lr" --method lora --lr $lr; done         # each method's learning rate
 for lr in 5e-4 2e-3; do run "full-lr$lr" --method full --lr $lr; done
 for lr in 1e-2 4e-2 8e-2; do run "multilora-lr$lr" --method multilora --lr $lr; done
-for lr in 5e-3 2e-2; do run "autolora-lr$lr" $AUTO --lr $lr; done
-for beta_lr in 0.01 0.1; do run "autolora-beta_lr$beta_lr" $AUTO --beta_lr $beta_lr; done
 for seed in $SEEDS; do
     run "multilora-n2-seed$seed" --method multilora --n_blocks 2 --seed $seed
     run "multilora-vector-seed$seed" --method multilora --scaling vector --seed $seed

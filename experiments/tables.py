@@ -53,7 +53,7 @@ def methods():
 
 def learning_rates():
     lines = []
-    for method in ("lora", "multilora", "autolora", "full"):
+    for method in ("lora", "multilora", "full"):
         tried = sorted((r["lr"], exact(r)) for n, r in NANO.items() if n == f"{method}-seed0" or n.startswith(f"{method}-lr"))
         lines.append((method, ", ".join(f"{lr:g}: {e:.3f}" for lr, e in tried)))
     return rows(("method", "learning rate: mean exact match"), *lines)
@@ -92,12 +92,6 @@ def found_ranks():
         (label, over_seeds(name, lambda r: r["parameters"], 0), over_seeds(name, loss), over_seeds(name)) for name, label in (
             ("autolora", "found"), ("autolora-first-order", "found, first-order"), ("uniform", "uniform"), ("random", "random"),
             ("lora", "16 everywhere"))))
-
-
-def search():
-    return rows(("learning rate of β", "candidates with a ≥ 1/16", "largest a", "parameters", "exact match"), *(
-        (f"{r['beta_lr']:g}", f"{r['search']['kept'][-1]:.1f}", f"{r['search']['top'][-1]:.2f}", f"{r['parameters']:,}", f"{exact(r):.3f}")
-        for r in (NANO[n] for n in ("autolora-beta_lr0.01", "autolora-seed0", "autolora-beta_lr0.1"))))
 
 
 def planted():
@@ -218,7 +212,7 @@ def printed(name):
     return f"    {(RESULTS / f'{name}.txt').read_text().rstrip()}".replace("\n", "\n    ").replace("    \n", "\n")
 
 
-BLOCKS = {f.__name__: f for f in (claims, methods, learning_rates, ranks, targets, blocks, single, found_ranks, search, planted, real_text,
+BLOCKS = {f.__name__: f for f in (claims, methods, learning_rates, ranks, targets, blocks, single, found_ranks, planted, real_text,
                                   four_tasks, steps, latency, generation)}
 BLOCKS |= {name: lambda name=name: printed(name) for name in ("nano_methods", "nano_subspaces")}
 

@@ -1,4 +1,5 @@
 """The README: its commands are spelled right, the main ones run (in small), so does its Python; its tables are the results."""
+import json
 import re
 import shlex
 import sys
@@ -63,7 +64,7 @@ def test_the_tables_are_those_of_the_results():
     assert tables.fill(README) == README and len(re.findall(r"^<!-- \w+ -->$", README, re.M)) == 2 * len(tables.BLOCKS)
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", ["lora", "multilora", "full"])
 def test_the_learning_rate_by_default_is_the_best_tried_but_for_ties(method):
     tried = {r["lr"]: tables.exact(r) for n, r in tables.NANO.items() if n == f"{method}-seed0" or n.startswith(f"{method}-lr")}
     assert len(tried) >= 3 and max(tried.values()) - tried[train.METHODS[method][-2]] < 0.03
@@ -90,3 +91,16 @@ def test_the_samples_of_real_text():
 def test_what_is_said_of_speed():
     assert tables.BENCH["shape"] in README.replace("\n", " ")
     assert ", ".join(f"{k} {v}" for k, v in tables.BENCH["versions"].items()) in README.replace("\n", " ")
+
+
+def test_the_benchmark_runs(tmp_path, monkeypatch):
+    import bench
+    flags = "--rounds 2 --n_layer 1 --n_embd 64 --vocab_size 300 --batch 1 8 --latency 1x8 --generate 4 4 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split(), "--out", str(tmp_path / "bench.json")])
+    bench.main()
+    got = json.loads((tmp_path / "bench.json").read_text())
+    full, ours = got["training"]["full fine-tuning"], got["training"]["LoRA"]
+    assert ours["ratio"] == 1 and ours["parameters"] == 8 * (4 * 2 * 64 + 2 * 5 * 64)
+    assert full["optimizer_MB"] == pytest.approx(8e-6 * full["parameters"], rel=0.01)
+    for table in ("training", "latency", "generation"):
+        assert set(tables.BENCH[table]) - set(got[table]) <= {n for n in tables.BENCH[table] if "peft" in n or "transf" in n or "loralib" in n or "x" in n}
