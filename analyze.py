@@ -26,6 +26,7 @@ import math
 import os
 import re
 import sys
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -111,23 +112,15 @@ def amplification(W, U, S, V):
     return torch.linalg.norm(S).item() / projection(W, U, V)
 
 
-def leading(M, k):
-    """The first k left singular vectors (d_out, k) of a dense M, from its smaller Gram matrix: sooner than an SVD."""
-    if M.size(0) > M.size(1):
-        U = M @ torch.linalg.eigh(M.T @ M)[1][:, -k:].flip(1)
-        return U / U.norm(dim=0)
-    return torch.linalg.eigh(M @ M.T)[1][:, -k:].flip(1)
-
-
 def intruders(U, changed, epsilons, k=10):
     """For every ε: of the first k left singular vectors of W + ΔW, how many have no cosine of ε or more with W's, U."""
-    best = (U.T @ leading(changed, k)).abs().amax(0)
+    best = (U.T @ svd(changed)[0][:, :k]).abs().amax(0)
     return [(best < e).sum().item() for e in epsilons]
 
 
-def gaussian_like(delta, seed=0):
-    """The null: U, S, V of Gaussian factors, or of a Gaussian matrix, of the same shapes and Frobenius norm."""
-    g = torch.Generator().manual_seed(seed)
+def gaussian_like(delta, name=""):
+    """The null: U, S, V of Gaussian factors, or of a Gaussian matrix, of the same shapes and norm; another for every name."""
+    g = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     draw = lambda t: torch.randn(t.shape, generator=g).to(t)
     norm = torch.linalg.norm(delta if torch.is_tensor(delta) else svd(delta)[1])
     U, S, V = svd(draw(delta) if torch.is_tensor(delta) else tuple(map(draw, delta)))
@@ -232,12 +225,17 @@ def layer_of(name):
 
 def seeds(checkpoints):
     """{label: the checkpoints that differ by their seed alone}, in the order they came."""
-    found, ignored = {}, {"seed", "out", "resume", "eval", "prompt", "device"}
+    found, ignored, out = {}, {"seed", "out", "resume", "eval", "prompt", "device"}, {}
     for c in checkpoints:
-        settings = json.dumps({k: v for k, v in c.args.items() if k not in ignored}, sort_keys=True)
-        found.setdefault(settings, []).append(c)
-    common = lambda members: re.sub(r"[-_.]*(seed)?\d*$", "", os.path.commonprefix([c.label for c in members])) or members[0].label
-    return {m[0].label if len(m) == 1 else f"{common(m)}, {len(m)} seeds": m for m in found.values()}
+        key = json.dumps([c.step, {k: v for k, v in c.args.items() if k not in ignored}], sort_keys=True)
+        while any(c.args["seed"] == other.args["seed"] for other in found.get(key, [])):
+            key += "'"
+        found.setdefault(key, []).append(c)
+    for members in found.values():
+        label = re.sub(r"[-_.]*(seed\d*)?$", "", os.path.commonprefix([c.label for c in members]))
+        label = members[0].label if len(members) == 1 else f"{label}, {len(members)} seeds"
+        out[f"{members[0].label}, {len(members)} seeds" if label in out else label] = members
+    return out
 
 
 def progress(text, done, total):
@@ -254,16 +252,17 @@ MEASURES = {"top1": "top-1, %", "effective_rank": "eff. rank", "stable_rank": "s
 def measures(W, U, S, V, r):
     """Of one ΔW, in numbers; against W in its first r directions."""
     return {"S": S.tolist(), "top1": top_share(S), "effective_rank": effective_rank(S), "stable_rank": stable_rank(S),
-            "n_for_90": n_for_energy(S), "delta": S[:r].norm().item(), "projection": projection(W, U[:, :r], V[:, :r]),
+            "n_for_90": n_for_energy(S), "delta": S.norm().item(), "projection": projection(W, U[:, :r], V[:, :r]),
             "amplification": amplification(W, U[:, :r], S[:r], V[:, :r])}
 
 
 def measure(checkpoints):
     """
     {label: {name: `measures` of ΔW}}, with "null", those of a Gaussian ΔW. A full ΔW is compared with W in its first
-    16 directions: all of them would be all of W. In a large W, the norm in W's own directions is from a randomised SVD.
+    16 directions, because all of them are all of W. In a large W the norm in W's own directions comes from a randomised
+    SVD: some per cent too low where W's values are all alike.
     """
-    numbers, nulls, tops, total, done = {}, {}, {}, sum(len(c.delta) for c in checkpoints), 0
+    numbers, tops, total, done = {}, {}, sum(len(c.delta) for c in checkpoints), 0
     for c in checkpoints:
         numbers[c.label] = {}
         for name, delta in c.delta.items():
@@ -272,17 +271,15 @@ def measure(checkpoints):
                 raise ValueError(f"{c.path}: ΔW of {name} has norm {S[0].item():g}: there is nothing to study after step "
                                  f"{c.step}")
             r = min(16, len(S)) if torch.is_tensor(delta) else len(S)
-            if (key := (*W.shape, len(S))) not in nulls:                # one Gaussian for all ΔW of this shape
-                nulls[key] = gaussian_like(delta)
-            NU, NS, NV = nulls[key]
             if (name, r) not in tops:
                 torch.manual_seed(0)
                 q = min(r + 16, *W.shape)
-                own = torch.svd_lowrank(W, q, niter=2)[1] if min(W.shape) > 512 else torch.linalg.svdvals(W)
+                own = torch.svd_lowrank(W, q, niter=4)[1] if min(W.shape) > 512 else torch.linalg.svdvals(W)
                 tops[name, r] = own[:r].norm().item()
+            NU, NS, NV = gaussian_like(delta, f"{c.label} {name}")
             numbers[c.label][name] = {
                 "r": r, "W": W.norm().item(), "top_W": tops[name, r], "expected_random": W.norm().item() * r / math.sqrt(W.numel()),
-                **measures(W, U, S, V, r), "null": measures(W, NU, NS * (S.norm() / NS.norm()), NV, r)}
+                **measures(W, U, S, V, r), "null": measures(W, NU, NS * (S[:r].norm() / NS[:r].norm()), NV, r)}
             progress("decomposing ΔW", done := done + 1, total)
     return numbers
 
@@ -347,12 +344,11 @@ def panels(n, title, columns=3, size=(3.2, 2.6), **kw):
 
 
 def curve(ax, x, real, null, look, band=True):
-    """The mean of some lines and the range of what is not 0 in them; dotted, the mean of the null's."""
-    ax.plot(x, np.mean(real, 0), **look)
+    """The mean of some lines, of those that go so far, and their range; dotted, the mean of the null's."""
+    ax.plot(x, np.nanmean(real, 0), **look)
     if band:
-        there = np.where(np.array(real) > 0, real, math.nan)
-        ax.fill_between(x, np.nanmin(there, 0), np.nanmax(there, 0), color=look["color"], alpha=0.12, linewidth=0)
-    ax.plot(x, np.mean(null, 0), color=look["color"], linestyle=":", linewidth=1)
+        ax.fill_between(x, np.nanmin(real, 0), np.nanmax(real, 0), color=look["color"], alpha=0.12, linewidth=0)
+    ax.plot(x, np.nanmean(null, 0), color=look["color"], linestyle=":", linewidth=1)
 
 
 def finish(fig, ax, path, null="a Gaussian ΔW (dotted)"):
@@ -381,7 +377,7 @@ def spectrum_study(checkpoints, numbers, out):
                        "Singular values of ΔW: mean over layers and seeds, and range", sharey=True)
     for ax, target in zip(axes, targets):
         longest = max(len(x["S"]) for c in checkpoints for _, x in rows_of([c], numbers, target))
-        share = lambda S, length=0: np.pad(S, (0, max(0, length - len(S)))) / sum(S)
+        share = lambda S, length=0: np.pad(S, (0, max(0, length - len(S))), constant_values=math.nan) / sum(S)
         for label, members in seeds(checkpoints).items():
             rows = rows_of(members, numbers, target)
             length = max((len(x["S"]) for _, x in rows), default=0)
@@ -436,32 +432,52 @@ def amplification_study(checkpoints, numbers, out):
     return {}
 
 
-def subspace_study(checkpoints, numbers, out, most=64):
-    """φ(i, j) of every two checkpoints, for input and output directions; drawn for one layer, two targets."""
+def pairs(checkpoints):
+    """{label: pairs of checkpoints} of every two settings, and of one setting's seeds; of two settings, pairs of two seeds."""
+    found = {}
+    for (a, one), (b, other) in itertools.combinations_with_replacement(seeds(checkpoints).items(), 2):
+        if a == b:
+            members = list(itertools.combinations(one, 2))
+        else:                                                           # one seed starts both at related A
+            every = list(itertools.product(one, other))
+            members = [(x, y) for x, y in every if x.args["seed"] != y.args["seed"]] or every
+        if members:
+            found[f"{a} and {b}" if a != b else f"{a}, among themselves"] = members
+    return found
+
+
+def similarities(a, b, name, most=64):
+    """φ of two checkpoints' ΔW in their first `most` directions, and of two Gaussians: {"V phi", "U phi", "V null", "U null"}."""
+    pair = [(U[:, :most], S[:most], V[:, :most]) for U, S, V in (a.factors[name], b.factors[name])]
+    nulls = [gaussian_like((U * S, V.T), f"{c.label} {name} {i}") for i, (c, (U, S, V)) in enumerate(zip((a, b), pair))]
+    return {f"{side} {what}": subspace_similarity(x[k], y[k])
+            for what, (x, y) in (("phi", pair), ("null", nulls)) for side, k in (("V", 2), ("U", 0))}
+
+
+def subspace_study(checkpoints, numbers, out):
+    """φ(i, j) of input and output directions, mean over matrices and pairs; of the first pair, drawn for one layer, two targets."""
     found = {}
     print(f"\n{'':45}{'two Gaussians':>18}\n{'φ, mean over matrices':27}" + f"{'first':>9}{'all':>9}" * 2)
-    for a, b in itertools.combinations(checkpoints, 2):
-        common = [n for n in a.factors if n in b.factors]
-        if not common:
-            raise ValueError(f"--study subspace: {a.path} and {b.path} adapt no matrix in common")
-        layers = sorted({layer_of(n) for n in common})
-        layer = layers[len(layers) // 2]
-        shown = [n for n in common if layer_of(n) == layer]
-        shown = [n for n in shown if target_of(n) in "qv"] or shown[:2]
-        drawn, ends = {}, {}
-        for n in common:
-            pair = [(U[:, :most], S[:most], V[:, :most]) for U, S, V in (a.factors[n], b.factors[n])]
-            nulls = [gaussian_like((U * S, V.T), seed) for seed, (U, S, V) in enumerate(pair, 1)]
-            phi = {f"{side} {what}": subspace_similarity(x[k], y[k])
-                   for what, (x, y) in (("phi", pair), ("null", nulls)) for side, k in (("V", 2), ("U", 0))}
-            ends[n] = {what: [p[0, 0].item(), p[-1, -1].item()] for what, p in phi.items()}
-            if n in shown:
-                drawn[n] = {what: p.tolist() for what, p in phi.items()}
-        found[f"{a.label} and {b.label}"] = {"drawn": drawn, "first and last": ends}
-        print(f"{a.label} and {b.label}")
+    for label, members in pairs(checkpoints).items():
+        ends = {}
+        for a, b in members:
+            common = [n for n in a.factors if n in b.factors]
+            if not common:
+                raise ValueError(f"--study subspace: {a.path} and {b.path} adapt no matrix in common")
+            for n in common:
+                phi = similarities(a, b, n)
+                ends[f"{a.label}, {b.label}, {n}"] = {what: [p[0, 0].item(), p[-1, -1].item()] for what, p in phi.items()}
+        print(f"{label}, {len(members)} pairs" if len(members) > 1 else label)
         for side, text in (("V", "input"), ("U", "output")):
             print(f"  {text:25}" + "".join(f"{mean(e[f'{side} {what}'][i] for e in ends.values()):9.2f}"
                                            for what in ("phi", "null") for i in (0, 1)))
+        a, b = members[0]
+        layers = sorted({layer_of(n) for n in a.factors if n in b.factors})
+        layer = layers[len(layers) // 2]
+        shown = [n for n in a.factors if n in b.factors and layer_of(n) == layer]
+        shown = [n for n in shown if target_of(n) in "qv"] or shown[:2]
+        drawn = {n: {what: p.tolist() for what, p in similarities(a, b, n).items()} for n in shown}
+        found[label] = {"drawn": drawn, "first and last": ends}
         fig, axes = panels(6 * len(shown), f"φ(i, j) of ΔW: {a.label} (i) and {b.label} (j), layer {layer}",
                            columns=2 * len(shown), size=(2.2, 2.2))
         views = itertools.product((("V phi", "input"), ("U phi", "output"), ("V null", "two Gaussians")), (False, True), shown)
@@ -483,14 +499,14 @@ def subspace_study(checkpoints, numbers, out, most=64):
 
 
 def against_all_of_W(checkpoints, out, name, x, real_and_null, title, **labels):
-    """One panel over x, for studies that need a dense SVD of W: of all in a small model, else of q and v of three layers."""
+    """One panel over x, for studies that need a dense SVD of W: of all in a small model, else of q and v of two layers."""
     found = {}
     fig, (ax,) = panels(1, title, size=(5, 3.4))
     for label, members in seeds(checkpoints).items():
         for c in members:
             names, layers = list(c.delta), sorted({layer_of(n) for n in c.delta})
             if min(c.W[names[0]].shape) > 256:
-                few = {layers[0], layers[len(layers) // 2], layers[-1]}
+                few = {layers[0], layers[-1]}
                 names = [n for n in names if layer_of(n) in few and target_of(n) in "qv"] or names[:6]
             found[c.label] = {}
             for i, n in enumerate(names, 1):
@@ -510,7 +526,8 @@ def directions_study(checkpoints, numbers, out):
     def phi(c, n):
         top = c.W.svd(n)[2]
         at = [max(1, round(s * top.size(1))) - 1 for s in shares]
-        return [subspace_similarity(top, V[:, :64])[at, -1].tolist() for _, _, V in (c.factors[n], gaussian_like(c.delta[n]))]
+        return [subspace_similarity(top, V[:, :64])[at, -1].tolist() for _, _, V in
+                (c.factors[n], gaussian_like(c.delta[n], f"{c.label} {n}"))]
 
     return against_all_of_W(checkpoints, out, "directions", shares, phi, "Input directions of ΔW in the top ones of W",
                             xlabel="share of W's directions, largest first", ylabel="φ, mean over matrices")
@@ -521,7 +538,8 @@ def intruders_study(checkpoints, numbers, out):
     epsilons = [i / 20 for i in range(1, 20)]
 
     def counts(c, n):
-        return [intruders(c.W.svd(n)[0], c.W[n] + U * S @ V.T, epsilons) for U, S, V in (c.factors[n], gaussian_like(c.delta[n]))]
+        return [intruders(c.W.svd(n)[0], c.W[n] + U * S @ V.T, epsilons) for U, S, V in
+                (c.factors[n], gaussian_like(c.delta[n], f"{c.label} {n}"))]
 
     return against_all_of_W(checkpoints, out, "intruders", epsilons, counts, "Singular vectors of W + ΔW that are none of W's",
                             xlabel="ε: a cosine below it counts as none of W's", ylabel="of the first ten, mean over matrices",

@@ -33,7 +33,7 @@ def rules():
         ax.text(2, 2, "W\nfrozen", ha="center", va="center", fontsize=11)
         ax.text(4.5, 2, "+", ha="center", va="center", fontsize=16)
         for i, (color, v) in enumerate(zip(colors, s)):
-            cut = dict(alpha=0.35) if name == "AutoLoRA" and v < 0.3 else {}
+            cut = dict(alpha=0.35) if name == "AutoLoRA" and v < mean(a) else {}
             box(5 + 0.2 * i, 0, 0.2, 4, facecolor=color, **cut)
             box(7.3 + 0.2 * i, 2.8, 0.2, 1.2 * v, facecolor=color, **cut)
             box(9.4, 3.8 - 0.2 * i, 4, 0.2, facecolor=color, **cut)

@@ -4,6 +4,7 @@ The README's tables, written from experiments/results into the places that the R
     python experiments/tables.py
 """
 import json
+import random
 import re
 from itertools import combinations
 from pathlib import Path
@@ -80,11 +81,16 @@ def blocks():
             ("n = 4, a vector s", "multilora-vector"))))
 
 
+def alone(method, task):
+    """The runs of one task alone; LoRA's at the better of two learning rates."""
+    return max((runs(f"{method}-{task}{lr}") for lr in ["", "-lr3e-3"][:1 + (method == "lora")]), key=lambda r: mean(map(exact, r)))
+
+
 def single():
-    one = lambda method, task: over_seeds(f"{method}-{task}")
     mixed = lambda method, task: over_seeds(method, lambda r: exact(r, task))
-    return rows(("task", "LoRA, alone", "MultiLoRA, alone", "LoRA, in the mixture", "MultiLoRA, in the mixture"), *(
-        (t, one("lora", t), one("multilora", t), mixed("lora", t), mixed("multilora", t)) for t in ("instruct", "arith", "infer")))
+    return rows(("task", "LoRA, alone, learning rate 0.01", "0.003", "MultiLoRA, alone", "LoRA, in the mixture", "MultiLoRA, in the mixture"), *(
+        (t, over_seeds(f"lora-{t}"), over_seeds(f"lora-{t}-lr3e-3"), over_seeds(f"multilora-{t}"), mixed("lora", t), mixed("multilora", t))
+        for t in ("instruct", "arith", "infer")))
 
 
 def found_ranks():
@@ -125,65 +131,79 @@ def share(method, what, null=False):
     return mean(row["null"][what]) if null else row[what]
 
 
-def phi(a, b, side, what="phi", i=0):
-    """φ of two runs on q and v, mean over the matrices: of the first direction (i = 0) or of all (1)."""
-    return mean(x[f"{side} {what}"][i] for x in SUBSPACES["subspace"][f"lora-qv-{a} and lora-qv-{b}"].values())
+def phi(pair, side, what="phi", i=0):
+    """φ over pairs of runs on q and v, mean over the matrices ± over the pairs: of the first direction (i = 0) or of all (1)."""
+    by_pair = {}
+    for key, x in SUBSPACES["subspace"][pair].items():
+        by_pair.setdefault(key.rsplit(", ", 1)[0], []).append(x[f"{side} {what}"][i])
+    return pm(map(mean, by_pair.values()), 2)
 
 
-def amplified(name, target):
-    """Of one run's ΔW of a target, mean over the layers: amplification, and a Gaussian's."""
-    of = [x for n, x in SUBSPACES["matrices"][name].items() if n.endswith(target)]
-    return mean(x["amplification"] for x in of), mean(x["null"]["amplification"] for x in of)
+def table_7(key, null=False):
+    """A column of LoRA's table 7 for q at r = 8: mean over the layers ± over the seeds."""
+    of = lambda run: [x["null"] if null else x for n, x in SUBSPACES["matrices"][f"lora-qv-r8-seed{run}"].items() if n.endswith("q")]
+    return pm((mean(x[key] for x in of(seed)) for seed in range(3)), 1)
+
+
+def by_chance(found, draws=2000):
+    """Mean correlation of every two of these lists of ranks, the standard deviation of that mean where they are shuffled, and its share."""
+    rng, of = random.Random(0), lambda lists: mean(correlation(a, b) for a, b in combinations(lists, 2))
+    shuffled = [of([rng.sample(r, len(r)) for r in found]) for _ in range(draws)]
+    return of(found), stdev(shuffled), mean(x >= of(found) for x in shuffled)
 
 
 def claims():
-    step, two = BENCH["training"], ("r8-seed0", "r64-seed0")
+    step, pair, same = BENCH["training"], "lora-qv-r8, 3 seeds and lora-qv-r64, 3 seeds", "lora-qv-r64, 3 seeds, among themselves"
     ratio = lambda name: f"{step[name]['ratio']:.2f} ({quartiles(step[name], 2)})"
     shape = next(iter(BENCH["latency"]))
     late = lambda name: f"{BENCH['latency'][shape][name]['ratio']:.2f}"
-    mega = lambda name, what: f"{step[name][what]:.1f}"
-    ranks_found = [r["ranks"] for r in runs("autolora")]
-    alike = pm((correlation(a, b) for a, b in combinations(ranks_found, 2)), 2)
-    gain = lambda task: (mean(exact(r, task) for r in runs("multilora")) - mean(exact(r, task) for r in runs("lora")),
-                         mean(map(exact, runs(f"multilora-{task}"))) - mean(map(exact, runs(f"lora-{task}"))))
-    gains = "; ".join(f"{t} {gain(t)[0]:+.3f} and {gain(t)[1]:+.3f}" for t in ("instruct", "arith", "infer"))
-    amp, null = amplified("lora-qv-r8-seed0", "q")
+    of = lambda name, what: f"{step[name][what]:.1f}"
+    both = lambda pair, what, i: f"{phi(pair, 'V', what, i)} (input), {phi(pair, 'U', what, i)} (output)"
+    found = [r["ranks"] for r in runs("autolora")]
+    alike, chance, p = by_chance(found)
+    gain = lambda t: (mean(exact(r, t) for r in runs("multilora")) - mean(exact(r, t) for r in runs("lora")),
+                      mean(map(exact, alone("multilora", t))) - mean(map(exact, alone("lora", t))))
+    gains = "; ".join("{} {:+.3f}, {:+.3f}".format(t, *gain(t)) for t in ("instruct", "arith", "infer"))
     table = [
-        ("LoRA", "is on par with full fine-tuning or better (tables 2 to 4)", f"{over_seeds('lora')}", f"full: {over_seeds('full')}", "LORA"),
-        ("", "has fewer trainable parameters, a smaller optimizer state and checkpoint: 1/10,000 and 1/3 of the memory for GPT-3",
-         f"AdamW {mega('LoRA', 'optimizer_MB')} MB, file {mega('LoRA', 'file_MB')} MB",
-         f"full: {mega('full fine-tuning', 'optimizer_MB')} and {mega('full fine-tuning', 'file_MB')} MB", "holds"),
-        ("", "trains 25 % faster (GPT-3)", "1", f"full: {ratio('full fine-tuning')}", "holds"),
-        ("", f"adds no latency once merged (table 1), forward pass of {shape}", late("LoRA, merged"),
-         f"adapter layers: {late('adapter layers')}; unmerged: {late('LoRA')}", "holds"),
-        ("", "r = 1 or 2 is enough on q and v (table 6: 73.4 for r = 1, 73.5 for 64)",
-         f"r = 1: {over_seeds('lora-qv-r1')}; r = 64: {over_seeds('lora-qv-r64')}", f"all six, r = 1: {over_seeds('lora-all-r1')}", "R12"),
+        ("LoRA", "on par with full fine-tuning or better (tables 2 to 4)", over_seeds("lora"), f"full: {over_seeds('full')}", VERDICTS[0]),
+        ("", "fewer trained parameters, smaller optimizer state and checkpoint (1/10,000 of GPT-3's)",
+         f"AdamW {of('LoRA', 'optimizer_MB')} MB, file {of('LoRA', 'file_MB')} MB",
+         f"full: {of('full fine-tuning', 'optimizer_MB')} and {of('full fine-tuning', 'file_MB')} MB", VERDICTS[1]),
+        ("", "faster steps (25 % for GPT-3)", "1", f"full: {ratio('full fine-tuning')}", VERDICTS[2]),
+        ("", f"no latency once merged (table 1); forward pass of {shape}, time / the base's", late("LoRA, merged"),
+         f"adapter layers: {late('adapter layers')}; LoRA unmerged: {late('LoRA')}", VERDICTS[3]),
+        ("", "r = 1 or 2 is enough (table 6: q and v 73.4 at r = 1, 73.5 at 64)",
+         f"q and v, r = 1: {over_seeds('lora-qv-r1')}; all six, r = 1: {over_seeds('lora-all-r1')}",
+         f"r = 64: {over_seeds('lora-qv-r64')}; {over_seeds('lora-all-r64')}", VERDICTS[4]),
         ("", "q and v together beat one matrix at equal parameters (table 5: 73.7; q 70.4, k 70.0, v 73.0, o 73.2)",
-         f"q, v: {over_seeds('lora-qv-r8')}", "; ".join(f"{t}: {over_seeds(f'lora-{t}-r16')}" for t in "qkvo"), "QV"),
-        ("", "runs of r = 8 and 64 share their top directions, the others not (figure 3: φ(1, 1) > 0.5)",
-         f"φ(1, 1) {phi(*two, 'V'):.2f} (input), {phi(*two, 'U'):.2f} (output); φ(8, 64) {phi(*two, 'V', i=1):.2f}, {phi(*two, 'U', i=1):.2f}",
-         f"two Gaussians: {phi(*two, 'V', 'null'):.2f}, {phi(*two, 'U', 'null'):.2f}; {phi(*two, 'V', 'null', 1):.2f}, {phi(*two, 'U', 'null', 1):.2f}",
-         "R8"),
-        ("", "two seeds too (figure 4)", *(f"φ(1, 1) {phi('r64-seed0', 'r64-seed1', 'V', w):.2f} (input), {phi('r64-seed0', 'r64-seed1', 'U', w):.2f} (output); "
-                                         f"φ(64, 64) {phi('r64-seed0', 'r64-seed1', 'V', w, 1):.2f}, {phi('r64-seed0', 'r64-seed1', 'U', w, 1):.2f}"
-                                         for w in ("phi", "null")), "SEEDS"),
-        ("", "ΔW_q amplifies directions that W does not emphasise (table 7: 21.6 times for r = 4)", f"{amp:.1f} times, r = 8",
-         f"a Gaussian ΔW of that norm: {null:.1f}", "AMP"),
+         f"q, v: {over_seeds('lora-qv-r8')}", "; ".join(f"{t}: {over_seeds(f'lora-{t}-r16')}" for t in "qkvo"), VERDICTS[5]),
+        ("", "r = 8 and r = 64 share their top direction (figure 3: φ(1, 1) > 0.5)", f"φ(1, 1): {both(pair, 'phi', 0)}",
+         f"Gaussians: {both(pair, 'null', 0)}", VERDICTS[6]),
+        ("", "and not the others", f"φ(8, 64): {both(pair, 'phi', 1)}", f"Gaussians: {both(pair, 'null', 1)}", VERDICTS[7]),
+        ("", "two seeds share their top directions (figure 4)", f"φ(1, 1): {both(same, 'phi', 0)}", f"Gaussians: {both(same, 'null', 0)}", VERDICTS[8]),
+        ("", "ΔW_q amplifies directions that W does not emphasise (table 7, r = 4: ‖UᵀWV‖ 0.32 in ΔW's directions, 21.67 in W's, 0.02 in "
+         "random ones; 21.6 times)", f"r = 8: {table_7('projection')} in ΔW's, {table_7('top_W')} in W's; {table_7('amplification')} times",
+         f"Gaussian ΔW: {table_7('projection', True)}; {table_7('amplification', True)} times", VERDICTS[9]),
         ("MultiLoRA", "LoRA's ΔW is dominated by its top singular vectors, MultiLoRA's and full fine-tuning's less",
          f"σ₁ / Σσ: LoRA {pm(share('lora', 'top1'))}, MultiLoRA {pm(share('multilora', 'top1'))}, full {pm(share('full', 'top1'))}",
-         f"Gaussians: {share('lora', 'top1', True):.3f}, {share('multilora', 'top1', True):.3f}, {share('full', 'top1', True):.3f}", "TOP"),
-        ("", "does better than LoRA of as many parameters on a mixture", over_seeds("multilora"), f"LoRA: {over_seeds('lora')}", "MIX"),
-        ("", "and more so than on single tasks", f"its gain, in the mixture and alone: {gains}", "three seeds each, spreads in the table below", "SINGLE"),
-        ("", "more blocks do better", f"n = 1: {over_seeds('multilora-n1')}; n = 8: {over_seeds('multilora-n8')}", f"LoRA: {over_seeds('lora')}", "BLOCKS"),
-        ("", "is as fast as LoRA; takes more memory", f"step {ratio('MultiLoRA, n = 4')}; saved for backward {mega('MultiLoRA, n = 4', 'saved_MB')} MB",
-         f"LoRA: 1; {mega('LoRA', 'saved_MB')} MB", "COST"),
-        ("AutoLoRA", "finds ranks that differ by layer", f"{min(map(min, ranks_found))} to {max(map(max, ranks_found))} of 16; correlation "
-         f"of two seeds' ranks {alike}", "0 for ranks by chance", "RANKS"),
-        ("", "beats LoRA of equal ranks and of random ones", over_seeds("autolora"),
-         f"equal: {over_seeds('uniform')}; random: {over_seeds('random')}", "BEATS"),
-        ("", "needs the hypergradient's second term", f"with it {over_seeds('autolora')}", f"first-order: {over_seeds('autolora-first-order')}", "SECOND"),
+         f"Gaussians: {share('lora', 'top1', True):.3f}, {share('multilora', 'top1', True):.3f}, {share('full', 'top1', True):.3f}", VERDICTS[10]),
+        ("", "better than LoRA of as many parameters on a mixture", over_seeds("multilora"), f"LoRA: {over_seeds('lora')}", VERDICTS[11]),
+        ("", "by more than on single tasks", f"gain over LoRA, in the mixture and alone: {gains}", "spreads are below", VERDICTS[12]),
+        ("", "more blocks do better", f"n = 2: {over_seeds('multilora-n2')}; 4: {over_seeds('multilora')}; 8: {over_seeds('multilora-n8')}",
+         f"n = 1: {over_seeds('multilora-n1')}", VERDICTS[13]),
+        ("", "as fast as LoRA, at more memory", f"step {ratio('MultiLoRA, n = 4')}; saved for backward {of('MultiLoRA, n = 4', 'saved_MB')} MB",
+         f"LoRA: 1; {of('LoRA', 'saved_MB')} MB", VERDICTS[14]),
+        ("AutoLoRA", "layers need different ranks, and it finds them", f"{min(map(min, found))} to {max(map(max, found))} of 16; "
+         f"correlation of two seeds' ranks {alike:.2f}", f"of shuffled ranks: 0 ± {chance:.2f} (p = {p:.2f})", VERDICTS[15]),
+        ("", "beats LoRA of equal and of random ranks", over_seeds("autolora"), f"equal: {over_seeds('uniform')}; random: {over_seeds('random')}",
+         VERDICTS[16]),
+        ("", "needs the hypergradient's second term", over_seeds("autolora"), f"first-order: {over_seeds('autolora-first-order')}", VERDICTS[17]),
     ]
     return rows(("method", "claim", "here", "control", "verdict"), *table)
+
+
+# one for each row above, by who read its numbers
+VERDICTS = ["?"] * 18
 
 
 def quartiles(r, digits=3):
@@ -191,8 +211,8 @@ def quartiles(r, digits=3):
 
 
 def steps():
-    return rows(("a training step", "time / LoRA's", "quartiles", "saved for backward, MB", "AdamW's state, MB", "file, MB"), *(
-        (name, f"{r['ratio']:.3f}", quartiles(r), f"{r['saved_MB']:.0f}", f"{r['optimizer_MB']:.1f}", f"{r['file_MB']:.1f}")
+    return rows(("a training step", "trained", "time / LoRA's", "quartiles", "saved for backward, MB", "AdamW's state, MB", "file, MB"), *(
+        (name, f"{r['parameters']:,}", f"{r['ratio']:.3f}", quartiles(r), f"{r['saved_MB']:.0f}", f"{r['optimizer_MB']:.1f}", f"{r['file_MB']:.1f}")
         for name, r in BENCH["training"].items()))
 
 

@@ -11,7 +11,7 @@ import torch
 import analyze
 import lora
 import train
-from analyze import amplification, effective_rank, gaussian_like, intruders, leading, n_for_energy, projection, spectrum, stable_rank
+from analyze import amplification, effective_rank, gaussian_like, intruders, n_for_energy, projection, spectrum, stable_rank
 from analyze import subspace_similarity, svd, top_share
 from model import GPT, read
 from test_lora import close
@@ -101,12 +101,6 @@ def test_the_random_column_of_table_7():
     assert got == pytest.approx(W.norm().item() * r / math.sqrt(60 * 40), rel=0.03)
 
 
-@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
-def test_leading_vectors_are_those_of_the_svd(shape):
-    M = torch.randn(shape).double()
-    close((svd(M)[0][:, :5] * leading(M, 5)).sum(0).abs(), torch.ones(5).double(), tol=1e-10)
-
-
 def test_intruders():
     W, e = torch.randn(30, 20).double(), [0.3, 0.6, 0.9]
     U, _, V = svd(W)
@@ -123,7 +117,7 @@ def test_the_null_has_the_shape_rank_and_norm(delta):
     assert [t.shape for t in null] == [U.shape, S.shape, V.shape]
     close(null[1].norm(), S.norm(), tol=1e-5)
     close(null[0].T @ null[0], torch.eye(len(S)), tol=1e-5)
-    assert abs(null[2][:, 0] @ V[:, 0]) < 0.9 and not torch.equal(null[0], gaussian_like(delta, 1)[0])
+    assert abs(null[2][:, 0] @ V[:, 0]) < 0.9 and not torch.equal(null[0], gaussian_like(delta, 'b')[0])
 
 
 # checkpoints
@@ -176,15 +170,38 @@ def test_the_whole_report(made, tmp_path, capsys):
     W = base.h[1].attn.q.weight.detach()
     assert row["top_W"] == pytest.approx(torch.linalg.svdvals(W)[:4].norm().item(), rel=1e-4)
     assert row["amplification"] == pytest.approx(row["delta"] / row["projection"], rel=1e-4)
+    assert full["amplification"] == pytest.approx(torch.tensor(full["S"])[:16].norm().item() / full["projection"], rel=1e-4)
+    assert full["null"]["amplification"] == pytest.approx(torch.tensor(full["S"])[:16].norm().item() / full["null"]["projection"], rel=1e-4)
     assert row["W"] == pytest.approx(W.norm().item(), rel=1e-4) and row["expected_random"] == pytest.approx(row["W"] * 4 / 128, rel=1e-4)
-    assert (row["r"], full["r"]) == (4, 16) and full["delta"] == pytest.approx(torch.tensor(full["S"])[:16].norm().item(), rel=1e-4)
+    assert (row["r"], full["r"]) == (4, 16) and full["delta"] == pytest.approx(torch.tensor(full["S"]).norm().item(), rel=1e-4)
     assert row["null"]["delta"] == pytest.approx(row["delta"], rel=1e-4)
+    # nulls: another Gaussian for every matrix, of its own spectrum, in directions that have nothing to do with W
+    every = list(got["matrices"]["lora"].items())
+    assert len({x["null"]["top1"] for _, x in every}) == len(every)
+    own, = analyze.load([made / "lora.pt"])
+    U, S, V = gaussian_like(own.delta["h.1.attn.q"], "lora h.1.attn.q")
+    assert row["null"]["S"] == pytest.approx(S.tolist(), rel=1e-4)
+    assert row["null"]["projection"] == pytest.approx(projection(own.W["h.1.attn.q"], U, V), rel=1e-4)
+    assert mean(x["null"]["projection"] / x["expected_random"] for _, x in every) == pytest.approx(1, abs=0.2)
+    # the studies that need all of W
+    n, (UW, _, VW) = "h.1.attn.q", svd(own.W["h.1.attn.q"])
+    B, A = own.delta[n]
+    where = got["directions"]["lora"][n]
+    for share, phi in zip(got["directions"]["x"], where["real"]):
+        i = max(1, round(128 * share))
+        assert phi == pytest.approx((VW[:, :i].T @ svd((B, A))[2]).square().sum().item() / min(i, 4), rel=1e-3)
+    assert where["real"] != where["null"] and where["null"][-1] == pytest.approx(1, abs=1e-3)
+    counts = got["intruders"]["lora"][n]
+    assert counts["real"] == intruders(UW, own.W[n] + B @ A, got["intruders"]["x"])
+    assert counts["null"] == intruders(UW, own.W[n] + U * S @ V.T, got["intruders"]["x"]) != counts["real"]
     # what is printed is what is there
     both = got["table"]["lora"]["top1"] + got["table"]["lora1"]["top1"]
     text = [f"{100 * mean(v):.1f}±{100 * stdev(v):.1f}" for v in (both, [mean(both[:24]), mean(both[24:])])]
     assert f"\nlora, 2 seeds {36_864:24,}{text[0]:>10}" in printed and f"\n  over the seeds{text[1]:>32}" in printed
-    own = [x[k] for c in ("lora", "lora1") for x in got["matrices"][c].values() for k in ("projection",)]
-    assert f"\nlora, 2 seeds{mean(own):23.2f}" in printed
+    both = [x for c in ("lora", "lora1") for x in got["matrices"][c].values()]
+    columns = [mean(f(x) for x in both) for f in (lambda x: x["projection"], lambda x: x["top_W"], lambda x: x["null"]["projection"],
+                                                  lambda x: x["delta"], lambda x: x["W"])]
+    assert f"\n{'lora, 2 seeds':27}" + "".join(f"{v:9.2f}" for v in columns) + "   4.0\n" in printed
 
 
 def test_one_checkpoint_and_its_default_folder(made):
@@ -196,7 +213,7 @@ def test_one_checkpoint_and_its_default_folder(made):
 def test_two_ranks_and_a_choice_of_targets_layers_and_studies(made, tmp_path):
     got = analyze.main([str(made / "lora8.pt"), str(made / "lora.pt"), "--study", "subspace", "--targets", "q", "v",
                         "--layers", "1", "3", "--out", str(tmp_path)])
-    rows = got["subspace"]["lora8 and lora"]["first and last"]
+    rows = {n.removeprefix("lora8, lora, "): x for n, x in got["subspace"]["lora8 and lora"]["first and last"].items()}
     assert set(rows) == {f"h.{i}.attn.{t}" for i in (1, 3) for t in "qv"} and "directions" not in got
     drawn, (a, b) = got["subspace"]["lora8 and lora"]["drawn"], analyze.load([made / "lora8.pt", made / "lora.pt"])
     for n in ("h.3.attn.q", "h.3.attn.v"):
@@ -205,6 +222,22 @@ def test_two_ranks_and_a_choice_of_targets_layers_and_studies(made, tmp_path):
             assert phi.shape == (8, 4) and torch.allclose(torch.tensor(drawn[n][f"{side} phi"]), phi, atol=1e-5)
             assert rows[n][f"{side} phi"] == pytest.approx([phi[0, 0].item(), phi[7, 3].item()], rel=1e-4)
             assert torch.tensor(drawn[n][f"{side} null"]).max() < 0.7
+    assert len({x["V null"][0] for x in rows.values()}) == 4                    # Gaussians of their own
+
+
+def test_checkpoints_that_differ_by_their_seed_are_one(made, tmp_path):
+    for name, (old, seed) in {"r8": ("lora8", 0), "r8-2": ("lora8", 1), "r4": ("lora", 0), "r4-2": ("lora1", 1), "r4-copy": ("lora", 0),
+                              "x-seed1": ("lora8", 2), "x-seed10": ("lora8", 3)}.items():
+        held = read(made / f"{old}.pt")
+        torch.save(held | {"args": held["args"] | {"seed": seed}}, tmp_path / f"{name}.pt")
+    got = lambda *names: {k: [c.label for c in v] for k, v in analyze.seeds(analyze.load([tmp_path / f"{n}.pt" for n in names])).items()}
+    assert got("r8", "r8-2", "r4", "r4-2") == {"r8, 2 seeds": ["r8", "r8-2"], "r4, 2 seeds": ["r4", "r4-2"]}
+    assert got("r4", "r4-copy", "r8") == {"r4": ["r4"], "r4-copy": ["r4-copy"], "r8": ["r8"]}
+    assert got("x-seed1", "x-seed10") == {"x, 2 seeds": ["x-seed1", "x-seed10"]}
+    pairs = analyze.pairs(analyze.load([tmp_path / f"{n}.pt" for n in ("r8", "r8-2", "r4", "r4-2")]))
+    assert {k: [(a.label, b.label) for a, b in v] for k, v in pairs.items()} == {
+        "r8, 2 seeds, among themselves": [("r8", "r8-2")], "r8, 2 seeds and r4, 2 seeds": [("r8", "r4-2"), ("r8-2", "r4")],
+        "r4, 2 seeds, among themselves": [("r4", "r4-2")]}
 
 
 def test_a_stopped_run(made, tmp_path):
