@@ -203,12 +203,12 @@ def claims():
 
 
 # one for each row above, by who read its numbers
-VERDICTS = ["does not hold here at r = 16; r = 64 comes close", "holds", "holds", "holds", "does not hold here: each doubling helps", "holds",
+VERDICTS = ["does not hold here at r = 16; r = 64 comes close", "holds", "holds", "holds", "does not hold here: more rank helps", "holds",
             "weaker here: above chance, below 0.5", "does not hold here: above chance too", "weaker here: above chance, below 0.5",
             "holds as in the paper; but a Gaussian ΔW amplifies more", "holds, for MultiLoRA by little", "undecided: within the spread",
-            "does not hold here: no gain beyond the spread in either", "undecided: within the spread",
+            "undecided: so on arith alone", "undecided: within the spread",
             "time holds; no more memory in this form", "does not hold here: they differ, but another seed finds others",
-            "does not hold here", "does not hold here"]
+            "does not hold here: equal ranks do as well", "does not hold here: no worse without it"]
 
 
 def quartiles(r, digits=3):
