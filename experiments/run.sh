@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=$(python -c "import os; print(max(1, os.cpu_count() // $JOBS))")
 RESULTS=${RESULTS:-experiments/results}
 mkdir -p "$DIR" "$RESULTS" experiments/figures
-trap 'kill $(jobs -rp) 2>/dev/null; wait' EXIT       # train.py then leaves a checkpoint, and the next call resumes
+trap 'kill $(jobs -rp) 2>/dev/null || true; wait' EXIT  # train.py then leaves a checkpoint, and the next call resumes
 
 started=()
 finished() { [ -f "$DIR/$1.pt" ] && tail -n 1 "$DIR/$1.jsonl" | grep -q '"after"'; }
