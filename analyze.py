@@ -119,7 +119,7 @@ def intruders(U, changed, epsilons, k=10):
 
 
 def gaussian_like(delta, name=""):
-    """The null: U, S, V of Gaussian factors, or of a Gaussian matrix, of the same shapes and norm; another for every name."""
+    """The null: U, S, V of Gaussian factors, or a Gaussian matrix, of the same shapes and norm; one for every name."""
     g = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     draw = lambda t: torch.randn(t.shape, generator=g).to(t)
     norm = torch.linalg.norm(delta if torch.is_tensor(delta) else svd(delta)[1])
@@ -185,15 +185,17 @@ def load(paths, device="cpu", base=None):
             W = Weights({n: m.weight.detach() for n, m in lora.linear_layers(model).items()})
         if args["method"] == "full":
             if held["base"] != (mark := lora.fingerprint(model)):
-                raise ValueError(f"{path}: was trained on another base than {name}: on one with fingerprint {held['base']}, not {mark}")
-            delta, ranks, trained = {n: held["model"][f"{n}.weight"].to(device).float() - w for n, w in W.items()}, {}, held["model"]
+                raise ValueError(f"{path}: was trained on another base than {name}: on one with fingerprint "
+                                 f"{held['base']}, not {mark}")
+            trained, ranks = held["model"], {}
+            delta = {n: trained[f"{n}.weight"].to(device).float() - w for n, w in W.items()}
         else:
             try:
                 layers = lora.adapters(lora.load(model, held["adapter"]))
             except ValueError as e:
                 raise ValueError(f"{path}, on {name}: {e}") from None
-            delta, ranks = {n: tuple(t.detach() for t in m.factors()) for n, m in layers.items()}, held["adapter"]["ranks"]
-            trained = held["adapter"]["tensors"]
+            trained, ranks = held["adapter"]["tensors"], held["adapter"]["ranks"]
+            delta = {n: tuple(t.detach() for t in m.factors()) for n, m in layers.items()}
             lora.remove(model)
         log = path.with_name(path.name.removesuffix(".pt") + ".jsonl")
         lines = [json.loads(x) for x in log.read_text().splitlines() if x.endswith("}")] if log.is_file() else []
@@ -203,13 +205,14 @@ def load(paths, device="cpu", base=None):
 
 
 def choose(checkpoints, targets, layers):
-    """Keep the matrices of these targets (["q", "v"]) and layers ([0, 3]); None keeps all. Raises ValueError for others."""
+    """Keep the matrices of these targets (["q", "v"]) and layers ([0, 3]); None: all. Raises ValueError for others."""
     for c in checkpoints:
         for flag, wanted, part in (("targets", targets, target_of), ("layers", layers, layer_of)):
             there = {part(n) for n in c.delta}
             for t in wanted or []:
                 if t not in there:
-                    raise ValueError(f"--{flag} {t}: {c.path} has no such ΔW; choose from {' '.join(map(str, sorted(there)))}")
+                    raise ValueError(f"--{flag} {t}: {c.path} has no such ΔW; "
+                                     f"choose from {' '.join(map(str, sorted(there)))}")
     for c in checkpoints:
         c.delta = {n: d for n, d in c.delta.items() if (not targets or target_of(n) in targets)
                    and (not layers or layer_of(n) in layers)}
@@ -240,7 +243,8 @@ def seeds(checkpoints):
 
 def progress(text, done, total):
     if sys.stderr.isatty():
-        print(f"\r{f'{text} {done}/{total}':<60}" if done < total else f"\r{'':60}\r", end="", file=sys.stderr, flush=True)
+        line = f"{f'{text} {done}/{total}':<60}" if done < total else f"{'':60}\r"
+        print(f"\r{line}", end="", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,8 +272,8 @@ def measure(checkpoints):
         for name, delta in c.delta.items():
             W, (U, S, V) = c.W[name], c.factors.setdefault(name, svd(delta))
             if not 0 < S[0] < math.inf:
-                raise ValueError(f"{c.path}: ΔW of {name} has norm {S[0].item():g}: there is nothing to study after step "
-                                 f"{c.step}")
+                raise ValueError(f"{c.path}: ΔW of {name} has norm {S[0].item():g}: there is nothing to study "
+                                 f"after step {c.step}")
             r = min(16, len(S)) if torch.is_tensor(delta) else len(S)
             if (name, r) not in tops:
                 torch.manual_seed(0)
@@ -278,7 +282,8 @@ def measure(checkpoints):
                 tops[name, r] = own[:r].norm().item()
             NU, NS, NV = gaussian_like(delta, f"{c.label} {name}")
             numbers[c.label][name] = {
-                "r": r, "W": W.norm().item(), "top_W": tops[name, r], "expected_random": W.norm().item() * r / math.sqrt(W.numel()),
+                "r": r, "W": W.norm().item(), "top_W": tops[name, r],
+                "expected_random": W.norm().item() * r / math.sqrt(W.numel()),
                 **measures(W, U, S, V, r), "null": measures(W, NU, NS * (S[:r].norm() / NS[:r].norm()), NV, r)}
             progress("decomposing ΔW", done := done + 1, total)
     return numbers
@@ -297,21 +302,25 @@ def summary(checkpoints, numbers):
     seed alone, each seed's mean. Printed are the mean ± standard deviation over the matrices, then over the seeds, and
     the Gaussian's.
     """
-    rows, lines = {}, [f"{'mean ± std over matrices':27}{'parameters':>11}" + "".join(f"{text:>10}" for text in MEASURES.values())]
+    head = "".join(f"{text:>10}" for text in MEASURES.values())
+    rows, lines = {}, [f"{'mean ± std over matrices':27}{'parameters':>11}{head}"]
     results = ["", f"{'results, mean over tasks':27}{'loss':>13}{'exact match':>13}"]
     cells = lambda r: "".join(f"{cell([100 * v for v in r[k]] if k == 'top1' else r[k], 1):>10}" for k in MEASURES)
     for label, members in seeds(checkpoints).items():
         every = [x for c in members for x in numbers[c.label].values()]
         for c in members:
             row = {"parameters": c.parameters, "matrices": len(c.delta)}
-            row |= {k: [mean(v)] if (v := [r[k] for r in c.results.values() if k in r]) else [] for k in ("loss", "exact")}
+            for k in ("loss", "exact"):
+                tasks = [r[k] for r in c.results.values() if k in r]
+                row[k] = [mean(tasks)] if tasks else []
             rows[c.label] = row | {k: [x[k] for x in numbers[c.label].values()] for k in MEASURES}
         own = [rows[c.label] for c in members]
         if len(own) > 1:
-            rows[label] = {k: [mean(r[k]) for r in own if r[k]] if isinstance(v, list) else round(mean(r[k] for r in own))
-                           for k, v in own[0].items()}
+            rows[label] = {k: round(mean(r[k] for r in own)) for k in ("parameters", "matrices")}
+            rows[label] |= {k: [mean(r[k]) for r in own if r[k]] for k in ("loss", "exact", *MEASURES)}
         rows[label]["null"] = {k: [x["null"][k] for x in every] for k in MEASURES}
-        lines.append(f"{label[:27]:27}{rows[label]['parameters']:11,}{cells({k: [x[k] for x in every] for k in MEASURES})}")
+        over_matrices = {k: [x[k] for x in every] for k in MEASURES}
+        lines.append(f"{label[:27]:27}{rows[label]['parameters']:11,}{cells(over_matrices)}")
         lines += [f"{'  over the seeds':38}{cells(rows[label])}"] if len(own) > 1 else []
         lines.append(f"{'  Gaussian':38}{cells(rows[label]['null'])}")
         results.append(f"{label[:27]:27}{cell(rows[label]['loss'], 3):>13}{cell(rows[label]['exact'], 3):>13}")
@@ -383,13 +392,15 @@ def spectrum_study(checkpoints, numbers, out):
             length = max((len(x["S"]) for _, x in rows), default=0)
             if alone:
                 for i, (layer, x) in enumerate(rows):
-                    ax.plot(range(1, len(x["S"]) + 1), share(x["S"]), linewidth=1, color=plt.cm.viridis(0.9 * i / len(rows)),
+                    color = plt.cm.viridis(0.9 * i / len(rows))
+                    ax.plot(range(1, len(x["S"]) + 1), share(x["S"]), linewidth=1, color=color,
                             label=f"layer {layer}" if i in (0, len(rows) // 2, len(rows) - 1) else None)
                 ax.plot(range(1, len(x["S"]) + 1), share(x["null"]["S"]), **NULL)
             elif rows:
                 curve(ax, range(1, length + 1), [share(x["S"], length) for _, x in rows],
                       [share(x["null"]["S"], length) for _, x in rows], looks[label])
-        ax.set(title=f"ΔW of {target}", xlabel="i", yscale="log", ylim=(2e-4, 1), xscale="log" if longest > 100 else "linear")
+        ax.set(title=f"ΔW of {target}", xlabel="i", yscale="log", ylim=(2e-4, 1),
+               xscale="log" if longest > 100 else "linear")
     axes[0].set_ylabel("σᵢ / Σσ")
     finish(fig, axes[0], out / "spectrum.png")
 
@@ -423,17 +434,18 @@ def amplification_study(checkpoints, numbers, out):
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("times")
     finish(fig, axes[0], out / "amplification.png")
-    print(f"\n{'':27}{'‖UᵀWV‖, U and V of':>30}\n{'mean over matrices':27}{'ΔW':>9}{'W':>9}{'random':>9}{'‖ΔW‖':>9}{'‖W‖':>9}{'r':>6}")
+    heads = "".join(f"{text:>9}" for text in ("ΔW", "W", "random", "‖ΔW‖", "‖W‖"))
+    print(f"\n{'':27}{'‖UᵀWV‖, U and V of':>30}\n{'mean over matrices':27}{heads}{'r':>6}")
     for label, members in seeds(checkpoints).items():
         every = [x for c in members for x in numbers[c.label].values()]
-        columns = [mean(of(x) for x in every) for of in (lambda x: x["projection"], lambda x: x["top_W"], lambda x: x["null"]["projection"],
-                                                         lambda x: x["delta"], lambda x: x["W"], lambda x: x["r"])]
-        print(f"{label[:27]:27}" + "".join(f"{v:9.2f}" for v in columns[:-1]) + f"{columns[-1]:6.1f}")
+        columns = [(x["projection"], x["top_W"], x["null"]["projection"], x["delta"], x["W"], x["r"]) for x in every]
+        *norms, r = map(mean, zip(*columns))
+        print(f"{label[:27]:27}" + "".join(f"{v:9.2f}" for v in norms) + f"{r:6.1f}")
     return {}
 
 
 def pairs(checkpoints):
-    """{label: pairs of checkpoints} of every two settings, and of one setting's seeds; of two settings, pairs of two seeds."""
+    """{label: pairs of checkpoints}: every two seeds of a setting, and of two settings all that differ in seed."""
     found = {}
     for (a, one), (b, other) in itertools.combinations_with_replacement(seeds(checkpoints).items(), 2):
         if a == b:
@@ -447,7 +459,7 @@ def pairs(checkpoints):
 
 
 def similarities(a, b, name, most=64):
-    """φ of two checkpoints' ΔW in their first `most` directions, and of two Gaussians: {"V phi", "U phi", "V null", "U null"}."""
+    """{"V phi", "U phi"}: φ of two ΔW in their first `most` directions; {"V null", "U null"}: of Gaussians."""
     pair = [(U[:, :most], S[:most], V[:, :most]) for U, S, V in (a.factors[name], b.factors[name])]
     nulls = [gaussian_like((U * S, V.T), f"{c.label} {name} {i}") for i, (c, (U, S, V)) in enumerate(zip((a, b), pair))]
     return {f"{side} {what}": subspace_similarity(x[k], y[k])
@@ -455,7 +467,10 @@ def similarities(a, b, name, most=64):
 
 
 def subspace_study(checkpoints, numbers, out):
-    """φ(i, j) of input and output directions, mean over matrices and pairs; of the first pair, drawn for one layer, two targets."""
+    """
+    φ(i, j) of input and output directions. Printed are its first and last value, mean over matrices and pairs; drawn is
+    the first pair, for one layer and two targets.
+    """
     found = {}
     print(f"\n{'':45}{'two Gaussians':>18}\n{'φ, mean over matrices':27}" + f"{'first':>9}{'all':>9}" * 2)
     for label, members in pairs(checkpoints).items():
@@ -466,7 +481,8 @@ def subspace_study(checkpoints, numbers, out):
                 raise ValueError(f"--study subspace: {a.path} and {b.path} adapt no matrix in common")
             for n in common:
                 phi = similarities(a, b, n)
-                ends[f"{a.label}, {b.label}, {n}"] = {what: [p[0, 0].item(), p[-1, -1].item()] for what, p in phi.items()}
+                first_and_last = {what: [p[0, 0].item(), p[-1, -1].item()] for what, p in phi.items()}
+                ends[f"{a.label}, {b.label}, {n}"] = first_and_last
         print(f"{label}, {len(members)} pairs" if len(members) > 1 else label)
         for side, text in (("V", "input"), ("U", "output")):
             print(f"  {text:25}" + "".join(f"{mean(e[f'{side} {what}'][i] for e in ends.values()):9.2f}"
@@ -480,8 +496,8 @@ def subspace_study(checkpoints, numbers, out):
         found[label] = {"drawn": drawn, "first and last": ends}
         fig, axes = panels(6 * len(shown), f"φ(i, j) of ΔW: {a.label} (i) and {b.label} (j), layer {layer}",
                            columns=2 * len(shown), size=(2.2, 2.2))
-        views = itertools.product((("V phi", "input"), ("U phi", "output"), ("V null", "two Gaussians")), (False, True), shown)
-        for ax, ((what, text), zoom, n) in zip(axes, views):
+        kinds = ("V phi", "input"), ("U phi", "output"), ("V null", "two Gaussians")
+        for ax, ((what, text), zoom, n) in zip(axes, itertools.product(kinds, (False, True), shown)):
             phi = np.array(drawn[n][what])
             phi = phi[:8, :8] if zoom else phi
             image = ax.imshow(phi.T, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower",
@@ -499,7 +515,7 @@ def subspace_study(checkpoints, numbers, out):
 
 
 def against_all_of_W(checkpoints, out, name, x, real_and_null, title, **labels):
-    """One panel over x, for studies that need a dense SVD of W: of all in a small model, else of q and v of two layers."""
+    """One panel over x, for studies that need all of W's SVD: of every W in a small model, else some of q and v."""
     found = {}
     fig, (ax,) = panels(1, title, size=(5, 3.4))
     for label, members in seeds(checkpoints).items():
@@ -520,7 +536,7 @@ def against_all_of_W(checkpoints, out, name, x, real_and_null, title, **labels):
 
 
 def directions_study(checkpoints, numbers, out):
-    """φ between the input directions of ΔW, its first 64, and the top share of W's (which are not all where d_in > d_out)."""
+    """φ of the first 64 input directions of ΔW and the top share of W's (not all there are where d_in > d_out)."""
     shares = [i / 20 for i in range(1, 21)]
 
     def phi(c, n):
@@ -541,9 +557,10 @@ def intruders_study(checkpoints, numbers, out):
         return [intruders(c.W.svd(n)[0], c.W[n] + U * S @ V.T, epsilons) for U, S, V in
                 (c.factors[n], gaussian_like(c.delta[n], f"{c.label} {n}"))]
 
-    return against_all_of_W(checkpoints, out, "intruders", epsilons, counts, "Singular vectors of W + ΔW that are none of W's",
-                            xlabel="ε: a cosine below it counts as none of W's", ylabel="of the first ten, mean over matrices",
-                            ylim=(-0.3, 10.3))
+    return against_all_of_W(checkpoints, out, "intruders", epsilons, counts,
+                            "Singular vectors of W + ΔW that are none of W's",
+                            xlabel="ε: a cosine below it counts as none of W's",
+                            ylabel="of the first ten, mean over matrices", ylim=(-0.3, 10.3))
 
 
 def ranks_study(checkpoints, numbers, out):
@@ -560,11 +577,12 @@ def ranks_study(checkpoints, numbers, out):
         for (row, column), r in np.ndenumerate(grid):
             axes[0].text(column, row, "" if math.isnan(r) else f"{r:.0f}", ha="center", va="center", fontsize=7,
                          color="white" if r < 0.6 * np.nanmax(grid) else "black")
-        axes[0].set(xticks=range(len(targets)), xticklabels=targets, yticks=range(len(layers)), yticklabels=layers, ylabel="layer")
+        axes[0].set(xticks=range(len(targets)), xticklabels=targets, yticks=range(len(layers)), yticklabels=layers,
+                    ylabel="layer")
         fig.colorbar(image, ax=axes[0], label="rank")
         if steps:
             gate = autolora.GATES[c.args["gate"]][0]
-            a = torch.stack([torch.stack([gate(b) for b in at]) for at in c.search["beta"]])        # (steps, matrices, k)
+            a = torch.stack([torch.stack([gate(b) for b in at]) for at in c.search["beta"]])    # (steps, matrices, k)
             found[c.label] |= {"steps": steps, "selection": a.tolist()}
             axes[1].plot(steps, a.amax(-1).tolist(), color=COLORS["autolora"], linewidth=0.6, alpha=0.6)
             axes[1].axhline(1 / a.size(-1), **NULL)
@@ -608,8 +626,8 @@ STUDIES = {"spectrum": spectrum_study, "amplification": amplification_study, "su
 # The command line
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, usage="python analyze.py CKPT [CKPT ...] [options]", allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, usage="python analyze.py CKPT [CKPT ...] [options]",
+                                allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoints", nargs="+", metavar="CKPT", help="what train.py left, all of one base")
     p.add_argument("--study", nargs="+", choices=STUDIES, help="which (default: all that apply)")
     p.add_argument("--targets", nargs="+", help="matrices: q k v o up down (default: all adapted ones)")
@@ -632,7 +650,8 @@ def main(argv=None):
         if "ranks" in asked and all(len(set(c.ranks.values())) < 2 for c in checkpoints):
             raise ValueError("--study ranks: none of these has ranks that differ")
         if len({c.label for c in checkpoints}) < len(checkpoints):
-            raise ValueError("two checkpoints have the same name: figures could not tell them apart; copy one to another name")
+            raise ValueError("two checkpoints have the same name: figures could not tell them apart; "
+                             "copy one to another name")
         out = args.out or checkpoints[0].path.with_suffix("").with_name(checkpoints[0].label + "-analysis")
         out.mkdir(parents=True, exist_ok=True)
         numbers = measure(checkpoints)

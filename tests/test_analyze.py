@@ -147,6 +147,7 @@ def test_the_whole_report(made, tmp_path, capsys):
     assert not [line for line in printed.splitlines() if len(line) > 80 and str(tmp_path) not in line]
     assert got["table"]["lora, 2 seeds"]["matrices"] == 24
     null = got["table"]["multilora"]["null"]["top1"]
+    assert null == [x["null"]["top1"] for x in got["matrices"]["multilora"].values()]
     assert f"\n  Gaussian{f'{100 * mean(null):.1f}±{100 * stdev(null):.1f}':>38}" in printed
     # the numbers are the checkpoints'
     base = GPT.from_pretrained("nano")
