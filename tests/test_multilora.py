@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 import lora
+from bench import held
 from conftest import ROOT, random_gpt
 from lora import LoRALinear
 from multilora import MultiLoRALinear
@@ -109,31 +110,16 @@ def test_at_the_first_step_only_s_moves(gpt, scaling):
     assert all(m.A.grad.any() and m.B.grad.any() for m in lora.adapters(gpt).values())
 
 
-def saved_bytes(model, idx):
-    """Bytes of what the forward pass keeps for the backward pass, parameters aside."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held = {}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in own:
-            held[t.untyped_storage().data_ptr()] = t        # kept alive, so that no address comes twice
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = model(idx, idx)[1]
-    loss.backward()
-    return sum(t.untyped_storage().nbytes() for t in held.values())
-
-
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_bytes_saved_for_the_backward_pass(n):
     idx, size = torch.randint(257, (8, 64)), {}
+    saved_bytes = lambda model: held(model, lambda: model(idx, idx)[1])[1]
     for name, layer, settings in (("lora", LoRALinear, {}), ("multilora", MultiLoRALinear, {"n_blocks": n})):
-        size[name] = saved_bytes(lora.inject(random_gpt(dtype=torch.float32), "all", 8, layer, **settings), idx)
+        size[name] = saved_bytes(lora.inject(random_gpt(dtype=torch.float32), "all", 8, layer, **settings))
     model = lora.inject(random_gpt(dtype=torch.float32), "all", 8, MultiLoRALinear, n_blocks=n)
     for name, m in lora.adapters(model).items():
         model.set_submodule(name, WrittenOut(m))
-    assert size["multilora"] <= 1.02 * size["lora"] and size["multilora"] < saved_bytes(model, idx)
+    assert size["multilora"] <= 1.02 * size["lora"] and size["multilora"] < saved_bytes(model)
 
 
 @pytest.mark.parametrize("scaling", ["scalar", "vector"])

@@ -3,15 +3,16 @@ import json
 import re
 import shlex
 import sys
+import time
 
 import pytest
+import torch
 
+import tables
 import train
 from conftest import ROOT
 from model import NANO, read
 
-sys.path.append(str(ROOT / "experiments"))
-import tables
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [shlex.split(c.replace("\\\n", " ")) for c in re.findall(r"train\.py((?: (?:[^\n`\\]|\\\n)*)?)\n", README)
@@ -64,9 +65,9 @@ def test_the_tables_are_those_of_the_results():
     assert tables.fill(README) == README and len(re.findall(r"^<!-- \w+ -->$", README, re.M)) == 2 * len(tables.BLOCKS)
 
 
-@pytest.mark.parametrize("method", ["lora", "multilora", "full"])
+@pytest.mark.parametrize("method", train.METHODS)
 def test_the_learning_rate_by_default_is_the_best_tried_but_for_ties(method):
-    tried = {r["lr"]: tables.exact(r) for n, r in tables.NANO.items() if n == f"{method}-seed0" or n.startswith(f"{method}-lr")}
+    tried = tables.tried_rates(method)
     assert len(tried) >= 3 and max(tried.values()) - tried[train.METHODS[method][-2]] < 0.03
 
 
@@ -91,6 +92,14 @@ def test_the_samples_of_real_text():
 def test_what_is_said_of_speed():
     assert tables.BENCH["shape"] in README.replace("\n", " ")
     assert ", ".join(f"{k} {v}" for k, v in tables.BENCH["versions"].items()) in README.replace("\n", " ")
+
+
+def test_what_the_benchmark_measures():
+    import bench
+    rows = bench.alternate({"short": lambda: time.sleep(0.005), "long": lambda: time.sleep(0.05)}, 5, "cpu", "short")
+    assert rows["short"]["ratio"] == 1 and 2 < rows["long"]["ratio"] < 12 and rows["long"]["ms"] > 49
+    linear, x = torch.nn.Linear(64, 32), torch.randn(8, 64, requires_grad=True)
+    assert bench.held(linear, lambda: linear(x))[1] == x.numel() * 4                # its input, and not its weight
 
 
 def test_the_benchmark_runs(tmp_path, monkeypatch):
