@@ -85,7 +85,7 @@ def parse(argv=None):
     add("--hypergrad", default="forward", choices=autolora.HYPERGRADIENTS, help="autolora: the gradient for β: by "
         "differentiating twice, by finite differences, or without what the look-ahead adds (default %(default)s)")
     add("--eta", default=0.01, type=number(float, 0), help="autolora: η, step of the look-ahead (default %(default)s)")
-    add("--beta_lr", default=0.03, type=number(float, 0), help="autolora: learning rate of β (default %(default)s)")
+    add("--beta_lr", default=0.01, type=number(float, 0), help="autolora: learning rate of β (default %(default)s)")
 
     add = p.add_argument_group("model").add_argument
     add("--model", default="nano", help=f"{' '.join(PRESETS)}, or a file (default %(default)s)")

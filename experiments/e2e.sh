@@ -14,8 +14,8 @@ run small --method full --scratch --model gpt2 --n_layer 4 --n_head 4 --n_embd 1
 finish
 run multi-small --method multilora --model $DIR/small.pt --data "$SHARED"/data/{e2e,gsm8k,boolq,rte} \
     --steps 100 --batch_size 16 --eval_rows 50
-run auto-small --method autolora --model $DIR/small.pt --data "$SHARED/data/e2e" --search_steps 30 --steps 100 \
-    --batch_size 16
+run auto-small --method autolora --model $DIR/small.pt --data "$SHARED/data/e2e" --search_steps 30 --beta_lr 0.03 \
+    --steps 100 --batch_size 16
 run lora-small --model $DIR/small.pt --data "$SHARED/data/e2e" --steps 300 --batch_size 32
 run lora-nano --data "$SHARED/data/e2e" --steps 300 --batch_size 32
 run full-nano --method full --data "$SHARED/data/e2e" --steps 1500 --batch_size 16 --lr 2e-3 --eval_every 500
