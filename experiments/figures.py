@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 
 from analyze import COLORS
-from tables import NANO, ROOT, exact, runs
+from tables import ROOT, exact, runs
 
 FIGURES = ROOT / "experiments" / "figures"
 
@@ -54,24 +54,23 @@ def sweeps():
         ax.plot([at] * len(values), values, "o", color=color, markersize=4, alpha=0.5)
         return mean(values)
 
-    for text, names, look in (("q, v", {1: "lora-qv-r1", 8: "lora-qv-r8", 64: "lora-qv-r64"}, "--"),
-                              ("all six", {1: "lora-all-r1", 2: "lora-all-r2", 16: "lora", 64: "lora-all-r64"}, "-")):
+    for text, names, look in (("q, v", {r: f"lora-qv-r{r}" for r in (1, 2, 4, 8, 64)}, "--"),
+                              ("all six", {r: f"lora-all-r{r}" if r != 16 else "lora" for r in (1, 2, 4, 8, 16, 64)}, "-")):
         means = [points(axes[0], r, name, COLORS["lora"]) for r, name in names.items()]
         axes[0].plot(list(names), means, look, color=COLORS["lora"], label=text)
     full = mean(exact(r) for r in runs("full"))
     for ax in axes:
         ax.axhline(full, color=COLORS["full"], linewidth=1, label="full fine-tuning")
-    axes[0].set(xscale="log", xticks=[1, 2, 8, 16, 64], xticklabels=[1, 2, 8, 16, 64], xlabel="rank r", title="LoRA's rank",
+    axes[0].set(xscale="log", xticks=[1, 2, 4, 8, 16, 64], xticklabels=[1, 2, 4, 8, 16, 64], xlabel="rank r", title="LoRA's rank",
                 ylabel="exact match, mean over tasks", ylim=(0, 1.03))
     axes[0].minorticks_off()
     axes[0].legend(frameon=False, fontsize=8)
     names = {"q": "lora-q-r16", "k": "lora-k-r16", "v": "lora-v-r16", "o": "lora-o-r16", "q v": "lora-qv-r8", "q k v o": "lora-qkvo-r4"}
     axes[1].bar(list(names), [points(axes[1], i, n, COLORS["lora"]) for i, n in enumerate(names.values())], color=COLORS["lora"], alpha=0.4)
     axes[1].set(title="LoRA, as many parameters on", xlabel="targets")
-    names = {1: "multilora-n1", 4: "multilora", 8: "multilora-n8"}
-    names |= {2: "multilora-n2"} if "multilora-n2-seed0" in NANO else {}
-    axes[2].plot(sorted(names), [points(axes[2], n, names[n], COLORS["multilora"]) for n in sorted(names)], color=COLORS["multilora"])
-    axes[2].set(title="MultiLoRA's blocks, rank 16 in all", xlabel="n", xscale="log", xticks=sorted(names), xticklabels=sorted(names))
+    names = {1: "multilora-n1", 2: "multilora-n2", 4: "multilora", 8: "multilora-n8"}
+    axes[2].plot(list(names), [points(axes[2], n, name, COLORS["multilora"]) for n, name in names.items()], color=COLORS["multilora"])
+    axes[2].set(title="MultiLoRA's blocks, rank 16 in all", xlabel="n", xscale="log", xticks=list(names), xticklabels=list(names))
     axes[2].minorticks_off()
     fig.savefig(FIGURES / "sweeps.png", dpi=150)
 

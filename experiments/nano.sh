@@ -17,15 +17,18 @@ SEEDS="0 1 2"
 for seed in $SEEDS; do                                      # the four methods, all of rank 16
     for method in lora full multilora; do run "$method-seed$seed" --method $method --seed $seed; done
     run "autolora-seed$seed" $AUTO --seed $seed
+    run "autolora-beta_lr3e-2-seed$seed" $AUTO --beta_lr 3e-2 --seed $seed
 done
 finish
 for seed in $SEEDS; do                                      # AutoLoRA's ranks against as many parameters elsewhere
-    for kind in uniform random; do
-        python experiments/ranks.py "$DIR/autolora-seed$seed.pt" $kind $seed "$DIR/ranks-$kind$seed"
-        run "$kind-seed$seed" --ranks "$DIR/ranks-$kind$seed" --seed $seed
+    for found in "" -beta_lr3e-2; do
+        for kind in uniform random shuffled; do
+            python experiments/ranks.py "$DIR/autolora$found-seed$seed.pt" $kind $seed "$DIR/ranks-$kind$found$seed"
+            run "$kind$found-seed$seed" --ranks "$DIR/ranks-$kind$found$seed" --seed $seed
+        done
     done
 done
-for rank in 8 64 1; do                                      # LoRA's table 6: the rank; and the pair of its figure 3
+for rank in 8 64 1 2 4; do                                  # LoRA's table 6: the rank; and the pair of its figure 3
     for seed in $SEEDS; do run "lora-qv-r$rank-seed$seed" --targets q v --rank $rank --seed $seed; done
 done
 for task in instruct arith infer; do                        # one task alone: as many steps, as many rows of it
@@ -38,7 +41,7 @@ for targets in q k v o; do                                  # LoRA's table 5: as
     for seed in $SEEDS; do run "lora-$targets-r16-seed$seed" --targets $targets --rank 16 --seed $seed; done
 done
 for seed in $SEEDS; do run "lora-qkvo-r4-seed$seed" --targets q k v o --rank 4 --seed $seed; done
-for rank in 1 2 64; do                                      # the rank, on all targets
+for rank in 1 2 4 8 64; do                                  # the rank, on all targets
     for seed in $SEEDS; do run "lora-all-r$rank-seed$seed" --rank $rank --seed $seed; done
 done
 for n in 1 8; do                                            # MultiLoRA: how many blocks
@@ -46,8 +49,10 @@ for n in 1 8; do                                            # MultiLoRA: how man
 done
 for seed in $SEEDS; do run "autolora-first-order-seed$seed" $AUTO --hypergrad first-order --seed $seed; done
 for lr in 5e-3 2e-2; do run "lora-lr$lr" --method lora --lr $lr; done         # each method's learning rate
-for lr in 5e-4 2e-3; do run "full-lr$lr" --method full --lr $lr; done
+for lr in 5e-4 2e-3 4e-3; do run "full-lr$lr" --method full --lr $lr; done
 for lr in 1e-2 4e-2 8e-2; do run "multilora-lr$lr" --method multilora --lr $lr; done
+for lr in 5e-3 2e-2; do run "autolora-lr$lr" $AUTO --lr $lr; done
+for lr in 3e-3 1e-1; do run "autolora-beta_lr$lr" $AUTO --beta_lr $lr; done
 for seed in $SEEDS; do
     run "multilora-n2-seed$seed" --method multilora --n_blocks 2 --seed $seed
     run "multilora-vector-seed$seed" --method multilora --scaling vector --seed $seed
