@@ -2,7 +2,7 @@
 # Everything the README shows of nano: the runs, then their numbers in experiments/results, figures in
 # experiments/figures and the README's tables.
 #
-#     experiments/nano.sh            # two to three hours on two cores; goes on where it stopped
+#     experiments/nano.sh            # about three hours on two cores; goes on where it stopped
 #     experiments/nano.sh --quick    # the same with 20 steps a run, into out/nano-quick: does it all work?
 cd "$(dirname "$0")/.."
 DIR=out/nano FLAGS="--grad_accum 4"                         # parts of rows of one length: the same, sooner
