@@ -35,9 +35,10 @@ import matplotlib
 import numpy as np
 import torch
 
-import autolora, multilora  # noqa: F401  (lora.load finds their layers)
+import autolora
 import lora
 from model import GPT, read
+from train import METHODS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -228,8 +229,9 @@ def layer_of(name):
 
 def seeds(checkpoints):
     """{label: the checkpoints that differ by their seed alone}, in the order they came."""
-    found, ignored, out = {}, {"seed", "out", "resume", "eval", "prompt", "device"}, {}
+    found, own, out = {}, {method: set(f"{a} {b}".split()) for method, (_, a, b, *_) in METHODS.items()}, {}
     for c in checkpoints:
+        ignored = set.union(*own.values()) - own[c.method] | {"seed", "out", "resume", "eval", "prompt", "device"}
         key = json.dumps([c.step, {k: v for k, v in c.args.items() if k not in ignored}], sort_keys=True)
         while any(c.args["seed"] == other.args["seed"] for other in found.get(key, [])):
             key += "'"

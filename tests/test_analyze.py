@@ -230,7 +230,8 @@ def test_checkpoints_that_differ_by_their_seed_are_one(made, tmp_path):
     for name, (old, seed) in {"r8": ("lora8", 0), "r8-2": ("lora8", 1), "r4": ("lora", 0), "r4-2": ("lora1", 1), "r4-copy": ("lora", 0),
                               "x-seed1": ("lora8", 2), "x-seed10": ("lora8", 3)}.items():
         held = read(made / f"{old}.pt")
-        torch.save(held | {"args": held["args"] | {"seed": seed}}, tmp_path / f"{name}.pt")
+        others = {"eta": seed, "n_blocks": seed}                        # settings of other methods
+        torch.save(held | {"args": held["args"] | {"seed": seed} | others}, tmp_path / f"{name}.pt")
     got = lambda *names: {k: [c.label for c in v] for k, v in analyze.seeds(analyze.load([tmp_path / f"{n}.pt" for n in names])).items()}
     assert got("r8", "r8-2", "r4", "r4-2") == {"r8, 2 seeds": ["r8", "r8-2"], "r4, 2 seeds": ["r4", "r4-2"]}
     assert got("r4", "r4-copy", "r8") == {"r4": ["r4"], "r4-copy": ["r4-copy"], "r8": ["r8"]}
