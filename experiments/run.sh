@@ -1,8 +1,8 @@
 # Sourced by the other scripts. `run NAME flags ...` makes $DIR/NAME.pt with train.py $FLAGS, unless an earlier call
 # did, and goes on where an interrupted one stopped; $JOBS runs at a time, each with its share of the cores and its
 # output in $DIR/NAME.log. `finish` waits for them. `collect FILE` writes what all of $DIR's finished runs came to;
-# `report NAME flags ...` what analyze.py prints of some to $RESULTS/NAME.txt, and its numbers, but for spectra and
-# curves, to NAME.json.
+# `report NAME flags ...` what analyze.py prints of some to $RESULTS/NAME.txt, and its numbers, but for what is only
+# drawn, to NAME.json.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${JOBS:=$(python -c 'import os; print(os.cpu_count())')}"
@@ -68,6 +68,9 @@ found = json.load(open(sys.argv[1]))
 slim = lambda row: {k: slim(v) if k == "null" else v for k, v in row.items() if k != "S"}
 matrices = {c: {n: slim(row) for n, row in rows.items()} for c, rows in found["matrices"].items()}
 ends = {pair: x["first and last"] for pair, x in found.get("subspace", {}).items()}
-print(json.dumps({"table": found["table"], "matrices": matrices, "subspace": ends}))
+counts = found.get("intruders", {"x": [0.6]})
+at = counts.pop("x").index(0.6)                         # at this ε, mean over the matrices
+counts = {c: {k: sum(x[k][at] for x in rows.values()) / len(rows) for k in ("real", "null")} for c, rows in counts.items()}
+print(json.dumps({"table": found["table"], "matrices": matrices, "subspace": ends, "intruders": counts}))
 PYTHON
 }

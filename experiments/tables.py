@@ -31,14 +31,20 @@ def pm(values, digits=3):
 
 
 def runs(name):
-    """The runs of a name, one for each seed."""
-    found = [r for n, r in NANO.items() if re.fullmatch(re.escape(name) + r"-seed\d", n)]
-    assert len(found) == 3, name
+    """The runs of a name, in the order of their seeds."""
+    found = [r for n, r in sorted(NANO.items()) if re.fullmatch(re.escape(name) + r"-seed\d", n)]
+    assert len(found) >= 3 and [r["seed"] for r in found] == list(range(len(found))), name
     return found
 
 
 def over_seeds(name, of=exact, digits=3):
     return pm(map(of, runs(name)), digits)
+
+
+def ahead(name, other):
+    """By how much the first runs' exact match is above the second's, seed by seed, and on how many seeds it is."""
+    gaps = [exact(a) - exact(b) for a, b in zip(runs(name), runs(other))]
+    return f"{mean(gaps):+.3f} ± {stdev(gaps):.3f}, on {sum(g > 0 for g in gaps)} of {len(gaps)} seeds"
 
 
 def rows(head, *lines):
@@ -98,12 +104,15 @@ def single():
 
 
 def found_ranks():
-    return rows(("ranks", "parameters", "held-out loss", "exact match"), *(
-        (label, over_seeds(name, lambda r: r["parameters"], 0), over_seeds(name, loss), over_seeds(name)) for name, label in (
-            ("autolora", "found"), ("autolora-first-order", "found, first-order"), ("shuffled", "found, shuffled"), ("uniform", "uniform"),
-            ("random", "random"),
-            ("autolora-beta_lr3e-2", "found, β's learning rate 0.03"), ("shuffled-beta_lr3e-2", "these, shuffled"),
-            ("uniform-beta_lr3e-2", "uniform, as many as these"), ("random-beta_lr3e-2", "random, as many as these"), ("lora", "16 everywhere"))))
+    lines = []
+    for rate, end in (("0.01", ""), ("0.03", "-beta_lr3e-2")):
+        found = f"autolora{end}"
+        for label, name in (("found", found), ("equal", f"uniform{end}"), ("random", f"random{end}"), ("found, shuffled", f"shuffled{end}"),
+                            ("found, first-order", "autolora-first-order"), ("16 everywhere", "lora"))[:None if not end else 4]:
+            lines.append((rate, label, over_seeds(name, lambda r: r["parameters"], 0), over_seeds(name, loss), over_seeds(name),
+                          ahead(found, name) if name != found else ""))
+            rate = ""
+    return rows(("β's rate", "ranks", "parameters", "held-out loss", "exact match", "found is ahead by"), *lines)
 
 
 def planted():
@@ -133,7 +142,7 @@ def four_tasks():
 
 def share(method, what, null=False):
     """Of the runs of a method: each seed's mean over its matrices; or the Gaussian's over all."""
-    row = METHODS["table"][f"{method}, 3 seeds"]
+    row, = (r for label, r in METHODS["table"].items() if label.startswith(f"{method}, "))
     return mean(row["null"][what]) if null else row[what]
 
 
@@ -159,63 +168,76 @@ def by_chance(found, draws=2000):
 
 
 def claims():
-    step, pair, same = BENCH["training"], "lora-qv-r8, 3 seeds and lora-qv-r64, 3 seeds", "lora-qv-r64, 3 seeds, among themselves"
-    ratio = lambda name: f"{step[name]['ratio']:.2f} ({quartiles(step[name], 2)})"
+    step, search = BENCH["training"], BENCH["training"]["AutoLoRA's search, forward"]
+    pair, same = "lora-qv-r8, 3 seeds and lora-qv-r64, 3 seeds", "lora-qv-r64, 3 seeds, among themselves"
+    ratio = lambda r: f"{r['ratio']:.2f} ({quartiles(r, 2)})"
     shape = next(iter(BENCH["latency"]))
-    late = lambda name: f"{BENCH['latency'][shape][name]['ratio']:.2f}"
-    of = lambda name, what: f"{step[name][what]:.1f}"
+    late = lambda name: ratio(BENCH["latency"][shape][name])
+    of = lambda name, what: f"{step[name][what]:,.1f}"
+    size = lambda name: f"{step[name]['parameters']:,} trained, AdamW {of(name, 'optimizer_MB')} MB, file {of(name, 'file_MB')} MB"
     both = lambda pair, what, i: f"{phi(pair, 'V', what, i)} (input), {phi(pair, 'U', what, i)} (output)"
+    alike = lambda name: "{:.2f} (by chance 0 ± {:.2f}; p = {:.3f})".format(*by_chance([r["ranks"] for r in runs(name)]))
     found = [r["ranks"] for r in runs("autolora")]
-    alike, chance, p = by_chance(found)
     gain = lambda t: (mean(exact(r, t) for r in runs("multilora")) - mean(exact(r, t) for r in runs("lora")),
                       mean(map(exact, alone("multilora", t))) - mean(map(exact, alone("lora", t))))
     gains = "; ".join("{} {:+.3f}, {:+.3f}".format(t, *gain(t)) for t in ("instruct", "arith", "infer"))
+    top = lambda method, null=False: share(method, "top1", null)
+    times = lambda method: f"{mean(top(method)) / top(method, True):.1f}"
+    at = lambda name: " ".join(f"{mean(next(h for h in s if h['step'] == 300)['rank'][i] for s in PLANTED['runs'][name]['seeds']):.1f}"
+                               for i in range(5))
     table = [
-        ("LoRA", "on par with full fine-tuning or better (tables 2 to 4)", over_seeds("lora"), f"full: {over_seeds('full')}", VERDICTS[0]),
-        ("", "fewer trained parameters, smaller optimizer state and checkpoint (1/10,000 of GPT-3's)",
-         f"AdamW {of('LoRA', 'optimizer_MB')} MB, file {of('LoRA', 'file_MB')} MB",
-         f"full: {of('full fine-tuning', 'optimizer_MB')} and {of('full fine-tuning', 'file_MB')} MB", VERDICTS[1]),
-        ("", "faster steps (25 % for GPT-3)", "1", f"full: {ratio('full fine-tuning')}", VERDICTS[2]),
-        ("", f"no latency once merged (table 1); forward pass of {shape}, time / the base's", late("LoRA, merged"),
-         f"adapter layers: {late('adapter layers')}; LoRA unmerged: {late('LoRA')}", VERDICTS[3]),
+        ("LoRA", "on par with full fine-tuning or better (tables 2 to 4)", f"r = 16: {over_seeds('lora')}; r = 64: {over_seeds('lora-all-r64')}",
+         f"full: {over_seeds('full')}; ahead of r = 16 by {ahead('full', 'lora')}, of r = 64 by {ahead('full', 'lora-all-r64')}"),
+        ("", "fewer trained parameters (1/10,000 of GPT-3's), smaller optimizer state and checkpoint †", f"{size('LoRA')}", f"full: {size('full fine-tuning')}"),
+        ("", "faster steps (25 % for GPT-3) †", "1", f"full: {ratio(step['full fine-tuning'])}"),
+        ("", f"no latency once merged (table 1); forward pass of {shape}, time / the base's †", f"{late('LoRA, merged')}",
+         f"adapter layers: {late('adapter layers')}; LoRA unmerged: {late('LoRA')}"),
         ("", "r = 1 or 2 is enough (table 6: q and v 73.4 at r = 1, 73.5 at 64)",
          f"q and v, r = 1, 2: {over_seeds('lora-qv-r1')}, {over_seeds('lora-qv-r2')}; all six: {over_seeds('lora-all-r1')}, {over_seeds('lora-all-r2')}",
-         f"r = 64: q and v {over_seeds('lora-qv-r64')}; all six {over_seeds('lora-all-r64')}", VERDICTS[4]),
-        ("", "q and v together beat one matrix at equal parameters (table 5: 73.7; q 70.4, k 70.0, v 73.0, o 73.2)",
-         f"q, v: {over_seeds('lora-qv-r8')}", "; ".join(f"{t}: {over_seeds(f'lora-{t}-r16')}" for t in "qkvo"), VERDICTS[5]),
-        ("", "r = 8 and r = 64 share their top direction (figure 3: φ(1, 1) > 0.5)", f"φ(1, 1): {both(pair, 'phi', 0)}",
-         f"Gaussians: {both(pair, 'null', 0)}", VERDICTS[6]),
-        ("", "and not the others", f"φ(8, 64): {both(pair, 'phi', 1)}", f"Gaussians: {both(pair, 'null', 1)}", VERDICTS[7]),
-        ("", "two seeds share their top directions (figure 4)", f"φ(1, 1): {both(same, 'phi', 0)}", f"Gaussians: {both(same, 'null', 0)}", VERDICTS[8]),
-        ("", "ΔW_q amplifies directions that W does not emphasise (table 7, r = 4: ‖UᵀWV‖ 0.32 in ΔW's directions, 21.67 in W's, 0.02 in "
-         "random ones; 21.6 times)", f"r = 8: {table_7('projection')} in ΔW's, {table_7('top_W')} in W's; {table_7('amplification')} times",
-         f"Gaussian ΔW: {table_7('projection', True)}; {table_7('amplification', True)} times", VERDICTS[9]),
+         f"r = 64: q and v {over_seeds('lora-qv-r64')}; all six {over_seeds('lora-all-r64')}"),
+        ("", "q and v together beat one matrix at equal parameters (table 5: 73.7; q 70.4, k 70.0, v 73.0, o 73.2; all four 73.7)",
+         f"q, v: {over_seeds('lora-qv-r8')}", "; ".join(f"{t}: {over_seeds(f'lora-{t}-r16')}" for t in "qkvo") + f"; all four: {over_seeds('lora-qkvo-r4')}"),
+        ("", "r = 8 and r = 64 share their top direction (figure 3: φ(1, 1) > 0.5)", f"φ(1, 1): {both(pair, 'phi', 0)}", f"Gaussians: {both(pair, 'null', 0)}"),
+        ("", "and no others", f"φ(8, 64): {both(pair, 'phi', 1)}", f"Gaussians: {both(pair, 'null', 1)}"),
+        ("", "two seeds of r = 64 share top directions (figure 4)", f"φ(1, 1): {both(same, 'phi', 0)}", f"Gaussians: {both(same, 'null', 0)}"),
+        ("", "ΔW_q amplifies directions that W does not emphasise (table 7, r = 4: ‖ΔW‖ = 6.91 is 21.6 times ‖UᵀWV‖ = 0.32; with W's top "
+         "directions for U and V that is 21.67, with random ones 0.02)",
+         f"r = 8: {table_7('amplification')} times ‖UᵀWV‖ = {table_7('projection')}; with W's {table_7('top_W')}",
+         f"Gaussian ΔW: {table_7('amplification', True)} times ‖UᵀWV‖ = {table_7('projection', True)}"),
         ("MultiLoRA", "LoRA's ΔW is dominated by its top singular vectors, MultiLoRA's and full fine-tuning's less",
-         f"σ₁ / Σσ: LoRA {pm(share('lora', 'top1'))}, MultiLoRA {pm(share('multilora', 'top1'))}, full {pm(share('full', 'top1'))}",
-         f"Gaussians: {share('lora', 'top1', True):.3f}, {share('multilora', 'top1', True):.3f}, {share('full', 'top1', True):.3f}", VERDICTS[10]),
-        ("", "better than LoRA of as many parameters on a mixture", over_seeds("multilora"), f"LoRA: {over_seeds('lora')}", VERDICTS[11]),
-        ("", "by more than on single tasks", f"gain over LoRA, in the mixture and alone: {gains}", "spreads are below", VERDICTS[12]),
+         f"σ₁ / Σσ: LoRA {pm(top('lora'))}, MultiLoRA {pm(top('multilora'))}, full {pm(top('full'))}",
+         f"Gaussians: {top('lora', True):.3f}, {top('multilora', True):.3f}, {top('full', True):.3f}; so "
+         f"{times('lora')}, {times('multilora')} and {times('full')} times"),
+        ("", "better than LoRA of as many parameters on a mixture", over_seeds("multilora"), f"LoRA: {over_seeds('lora')}; MultiLoRA is ahead by {ahead('multilora', 'lora')}"),
+        ("", "by more than on single tasks", f"gain over LoRA, in the mixture and alone: {gains}", "each at its better learning rate; spreads below"),
         ("", "more blocks do better", f"n = 2: {over_seeds('multilora-n2')}; 4: {over_seeds('multilora')}; 8: {over_seeds('multilora-n8')}",
-         f"n = 1: {over_seeds('multilora-n1')}", VERDICTS[13]),
-        ("", "as fast as LoRA, at more memory", f"step {ratio('MultiLoRA, n = 4')}; saved for backward {of('MultiLoRA, n = 4', 'saved_MB')} MB",
-         f"LoRA: 1; {of('LoRA', 'saved_MB')} MB", VERDICTS[14]),
-        ("AutoLoRA", "layers need different ranks, and it finds them", f"{min(map(min, found))} to {max(map(max, found))} of 16; "
-         f"correlation of two seeds' ranks {alike:.2f}", f"of shuffled ranks: 0 ± {chance:.2f} (p = {p:.2f})", VERDICTS[15]),
-        ("", "beats LoRA of equal and of random ranks", f"{over_seeds('autolora')}; with β's learning rate 0.03: {over_seeds('autolora-beta_lr3e-2')}",
-         f"equal: {over_seeds('uniform')}; {over_seeds('uniform-beta_lr3e-2')}. random: {over_seeds('random')}; {over_seeds('random-beta_lr3e-2')}. "
-         f"found, shuffled: {over_seeds('shuffled')}; {over_seeds('shuffled-beta_lr3e-2')}", VERDICTS[16]),
-        ("", "needs the hypergradient's second term", over_seeds("autolora"), f"first-order: {over_seeds('autolora-first-order')}", VERDICTS[17]),
+         f"n = 1: {over_seeds('multilora-n1')}; n = 8 is ahead of it by {ahead('multilora-n8', 'multilora-n1')}"),
+        ("", "as fast as LoRA, at more memory †", f"step {ratio(step['MultiLoRA, n = 4'])}; saved for backward {of('MultiLoRA, n = 4', 'saved_MB')} MB",
+         f"LoRA: 1; {of('LoRA', 'saved_MB')} MB"),
+        ("AutoLoRA", "layers need different ranks, and it finds them", f"{min(map(min, found))} to {max(map(max, found))} of 16; correlation of two seeds' "
+         f"ranks {alike('autolora')}", f"β's rate 0.03: {alike('autolora-beta_lr3e-2')}"),
+        ("", "beats LoRA of equal and of random ranks", f"{over_seeds('autolora')}; β's rate 0.03: {over_seeds('autolora-beta_lr3e-2')}",
+         f"equal: {over_seeds('uniform')}; {over_seeds('uniform-beta_lr3e-2')}. random: {over_seeds('random')}; {over_seeds('random-beta_lr3e-2')}"),
+        ("", "needs the hypergradient's second term", over_seeds("autolora"),
+         f"first-order: {over_seeds('autolora-first-order')}; the second term is ahead by {ahead('autolora', 'autolora-first-order')}"),
+        ("", "softmax is better than σ or neither (ablation); here: ranks found where 0, 1, 2, 4, 6 are planted", at("default"), f"σ: {at('sigmoid')}; neither: {at('none')}"),
+        ("", "cheaper than trying ranks one by one †", f"a search step is {ratio(search)} of LoRA's, so 200 cost as much as a run of 600",
+         f"six ranks: six runs; rank 16 everywhere: {over_seeds('lora')}"),
     ]
-    return rows(("method", "claim", "here", "control", "verdict"), *table)
+    return rows(("method", "claim", "here", "control", "verdict"), *((*row, verdict) for row, verdict in zip(table, VERDICTS, strict=True)))
 
 
 # one for each row above, by who read its numbers
-VERDICTS = ["does not hold here at r = 16; r = 64 comes close", "holds", "holds", "holds", "does not hold here: more rank helps", "holds",
-            "weaker here: above chance, below 0.5", "does not hold here: above chance too", "weaker here: above chance, below 0.5",
-            "holds as in the paper; but a Gaussian ΔW amplifies more", "holds, for MultiLoRA by little", "undecided: within the spread",
-            "undecided: so on arith alone", "undecided: within the spread",
-            "time holds; no more memory in this form", "does not hold here: they differ, but another seed finds others",
-            "undecided: ahead at 0.01, behind at 0.03", "undecided: within the spread"]
+VERDICTS = [
+    "does not hold here at r = 16; at r = 64 little is missing", "holds", "holds", "holds, by construction; that adapter layers cost more is within the noise",
+    "does not hold here: more rank helps", "holds, and all four are within its spread", "weaker here: above chance, below 0.5",
+    "does not hold here: more than chance (but 64 of 128 directions hold half of any)", "holds weakly: above chance, far from 1",
+    "holds, but weaker: W's are 5 times ΔW's (there 68), ΔW's 3 times random ones (16). A random ΔW amplifies more, as it would there",
+    "holds, for MultiLoRA by little; full's share is small because its rank is large: for its rank it is the most concentrated",
+    "undecided: within the spread", "undecided: within the spread", "undecided: within the spread", "time holds; no more memory in this form",
+    "does not hold here: they differ, but other seeds find others", "undecided: over equal ranks no gain beyond the spread",
+    "undecided: within the spread", "does not hold here: without softmax they follow the planted ones better",
+    "holds; but rank 16 everywhere is as good"]
 
 
 def quartiles(r, digits=3):

@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 import time
+from statistics import mean
 
 import pytest
 import torch
@@ -74,6 +75,19 @@ def test_the_learning_rate_by_default_is_the_best_tried_but_for_ties(method):
 def test_what_is_said_of_the_planted_ranks():
     null = tables.PLANTED["random_beta"]
     assert f"{null['mean']:.1f} ± {null['std']:.1f}" in README
+
+
+def test_what_is_said_of_the_first_seeds():
+    for name in ("autolora", "uniform"):
+        assert tables.pm(map(tables.exact, tables.runs(name)[:3])) in README
+
+
+def test_what_is_said_of_intruders():
+    counts = {k: [mean(x[k] for name, x in tables.METHODS["intruders"].items() if name.startswith(f"{method}-"))
+                  for method in ("lora", "multilora", "full")] for k in ("real", "null")}
+    text = README.replace("\n ", "")
+    assert "number {:.1f} with LoRA, {:.1f} with MultiLoRA and {:.1f} with full".format(*counts["real"]) in text
+    assert "brings {:.1f}, {:.1f} and {:.1f} of them".format(*counts["null"]) in text
 
 
 def test_what_is_said_of_nano():
