@@ -1,23 +1,32 @@
 """
-What did training do to the weights? The papers' studies of ΔW, on checkpoints of train.py.
+What did training do to the weights? The papers' studies of ΔW, on checkpoints
+of train.py.
 
-    python analyze.py out/lora.pt                                   # its spectra, what it amplifies, ...
-    python analyze.py out/full.pt out/lora.pt out/multilora.pt      # side by side, and every two of them
+    python analyze.py out/lora.pt                # its spectra, what it amplifies
+    python analyze.py out/full.pt out/lora.pt    # side by side, and every two
     python analyze.py a.pt b.pt --study subspace --targets q v
 
-Prints tables and leaves figures, and one JSON with every number drawn, in a folder beside the first checkpoint.
-Checkpoints that differ by their seed alone are drawn as one. The studies:
+Prints tables and leaves figures, and one JSON with every number drawn, in a
+folder beside the first checkpoint. Checkpoints that differ by their seed alone
+are drawn as one. The studies, beside the curves of the loss:
 
     spectrum       singular values of ΔW (MultiLoRA, section 3)
     subspace       which directions two ΔW share (LoRA, figures 3 and 4)
-    amplification  ΔW against W in the directions of ΔW (LoRA, table 7)
-    directions     how far ΔW lies in the top directions of W (LoRA, figure 8)
+    amplification  ΔW against W in ΔW's own directions (LoRA, table 7)
+    directions     ΔW in the top directions of W (LoRA, figure 8)
     ranks          AutoLoRA's ranks, and its selection variables over the search
-    intruders      singular vectors of W + ΔW that are none of W's (arXiv 2410.21228)
+    intruders      singular vectors of W + ΔW that are none of W's (2410.21228)
 
-Each is shown next to a null, a Gaussian ΔW of the same rank and norm: what is not different from it says nothing.
-U, S, V are those of ΔW = U diag(S) Vᵀ: U (d_out, r) output directions, V (d_in, r) input directions. Where the LoRA
-paper takes V from A alone, it is here that of the product B A.
+Each is shown next to a null, a Gaussian ΔW of the same rank and norm: what is
+not different from it says nothing. U, S, V are those of ΔW = U diag(S) Vᵀ: U
+(d_out, r) output directions, V (d_in, r) input directions. Where the LoRA paper
+takes V from A alone, it is here that of the product B A. In the tables:
+
+    top-1, %       σ₁ / Σσ, the share of the largest singular value
+    eff. rank      effective rank, exp of the entropy of σ / Σσ
+    st. rank       stable rank, ‖ΔW‖² / σ₁²
+    amplif.        ‖ΔW‖ / ‖UᵀWV‖, of a ΔW of full rank in its first 16 directions
+    first, all     φ of the first direction of each, and of all of them
 """
 import argparse
 import itertools
@@ -209,11 +218,11 @@ def choose(checkpoints, targets, layers):
     """Keep the matrices of these targets (["q", "v"]) and layers ([0, 3]); None: all. Raises ValueError for others."""
     for c in checkpoints:
         for flag, wanted, part in (("targets", targets, target_of), ("layers", layers, layer_of)):
-            there = {part(n) for n in c.delta}
+            there = list(dict.fromkeys(part(n) for n in c.delta))
             for t in wanted or []:
                 if t not in there:
                     raise ValueError(f"--{flag} {t}: {c.path} has no such ΔW; "
-                                     f"choose from {' '.join(map(str, sorted(there)))}")
+                                     f"choose from {' '.join(map(str, there))}")
     for c in checkpoints:
         c.delta = {n: d for n, d in c.delta.items() if (not targets or target_of(n) in targets)
                    and (not layers or layer_of(n) in layers)}
@@ -631,9 +640,9 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, usage="python analyze.py CKPT [CKPT ...] [options]",
                                 allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoints", nargs="+", metavar="CKPT", help="what train.py left, all of one base")
-    p.add_argument("--study", nargs="+", choices=STUDIES, help="which (default: all that apply)")
-    p.add_argument("--targets", nargs="+", help="matrices: q k v o up down (default: all adapted ones)")
-    p.add_argument("--layers", nargs="+", type=int, help="layers, from 0 (default: all)")
+    p.add_argument("--study", nargs="+", choices=STUDIES, metavar="STUDY", help="which (default: all that apply)")
+    p.add_argument("--targets", nargs="+", metavar="T", help="matrices: q k v o up down (default: all adapted ones)")
+    p.add_argument("--layers", nargs="+", type=int, metavar="N", help="layers, from 0 (default: all)")
     p.add_argument("--base", help="the base model, where it is not at the place the checkpoints name")
     p.add_argument("--out", type=Path, help="folder for figures and numbers (default: CKPT-analysis)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")

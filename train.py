@@ -105,7 +105,7 @@ def parse(argv=None):
 
     g = p.add_argument_group("optimisation")
     add, length = g.add_argument, g.add_mutually_exclusive_group().add_argument
-    length("--steps", default=600, type=number(int, 1), help="(default %(default)s)")
+    length("--steps", default=600, type=number(int, 1), help="of training (default %(default)s)")
     length("--epochs", type=number(float, 0.001, 1e6), help="instead of steps: how many times as many rows as there are")
     add("--batch_size", default=64, type=number(int, 1), help="rows of a step, over all processes (default %(default)s)")
     add("--grad_accum", default=1, type=number(int, 1), help="do a step's rows in so many parts: the same, in less memory")
@@ -114,7 +114,7 @@ def parse(argv=None):
     add("--weight_decay", default=0.01, type=number(float, 0), help="AdamW's, on matrices (default %(default)s)")
     add("--beta2", default=0.999, type=number(float, 0, 1), help="AdamW's (default %(default)s)")
     add("--clip", default=1.0, type=number(float, 0), help="largest gradient norm, 0 for any (default %(default)s)")
-    add("--label_smoothing", default=0.0, type=number(float, 0, 1), help="(default %(default)s)")
+    add("--label_smoothing", default=0.0, type=number(float, 0, 1), help="share of a target that all tokens get (default %(default)s)")
     add("--seed", default=0, type=number(int, 0), help="of the start, the rows' order and dropout (default %(default)s)")
 
     add = p.add_argument_group("running").add_argument
@@ -124,7 +124,7 @@ def parse(argv=None):
     add("--out", help="the checkpoint's file (default out/METHOD.pt, or the next free name)")
     add("--half", action="store_true", help="write the finished model of --method full in half precision")
     add("--eval_every", default=200, type=number(int, 1),
-        help="steps between held-out losses, each with a checkpoint (default %(default)s)")
+        help="steps, those of a search as well, between held-out losses, each with a checkpoint (default %(default)s)")
     add("--resume", metavar="CKPT", help="go on with a run that was stopped, with its settings")
     add("--eval", metavar="CKPT", help="no training: measure a checkpoint on its tasks, or on --data")
     add("--prompt", metavar="TEXT", nargs="+", help="with --eval: complete these instead")
@@ -376,7 +376,7 @@ class Run:
             print(*lines, **options, flush=True)
 
     def describe(self):
-        a, n = self.args, sum(p.numel() for p in self.trained)
+        a, n = self.args, sum(p.numel() for p in [*self.trained, *self.beta])
         self.say(f"model    {a.model}{' from scratch' * a.scratch}, {self.size / 1e6:.2f} M parameters, "
                  f"rows of up to {a.block_size} tokens ({self.tok.name})")
         on = f"on {' '.join(a.targets)}"
@@ -389,11 +389,12 @@ class Run:
                  f"{f', in {len(lora.adapters(self.model))} layers' * (a.method != 'full')}")
         self.say(f"device   {self.device}{f', {self.world} processes' * (self.world > 1)}, {a.dtype}"
                  f"{', compiled' * a.compile}")
-        self.say(f"data     {len(self.tasks)} task{'s' * (len(self.tasks) > 1)}, {self.n_rows:,} rows, {a.mix} shares")
+        self.say(f"data     {len(self.tasks)} task{'s' * (len(self.tasks) > 1)}, {self.n_rows:,} rows{f', {a.mix} shares' * (len(self.tasks) > 1)}")
         for t in self.tasks:
             self.say(f"         {t.name}: {len(t.train):,} rows{'; ' * bool(t.note)}{t.note}")
         if self.searches:
-            self.say(f"search   {a.search_steps} steps ({a.hypergrad}, η {a.eta:g}) with β on {100 - 100 * a.split:g} % of the rows")
+            self.say(f"search   {a.search_steps} steps ({a.hypergrad}, η {a.eta:g}) with β on {100 - 100 * a.split:g} % of the rows,\n"
+                     "         then a LoRA of the ranks found, which has fewer parameters")
         self.say(f"run      {a.steps} steps of {a.batch_size} rows, learning rate {a.lr:g}, to {a.out}\n")
 
     def save(self, step):
@@ -467,7 +468,7 @@ class Run:
         """From AutoLoRA's search to its training: a fresh LoRA at the ranks found. Returns them."""
         a, found = self.args, autolora.ranks(self.model)
         self.search |= {"ranks": found}
-        self.say(f"\n\n{rank_table(found, a.max_rank)}\n\ntraining a fresh LoRA of these ranks on all rows ...")
+        self.say("\n" * sys.stdout.isatty(), f"\n{rank_table(found, a.max_rank)}\n\ntraining a fresh LoRA of these ranks on all rows ...", sep="")
         lora.remove(self.model)
         torch.manual_seed(a.seed)
         self.prepare(lora.inject(self.model, rank=found, alpha=a.alpha, dropout=a.dropout).train())
@@ -537,7 +538,7 @@ class Run:
                 text = f"{head}  loss {loss:7.4f}  {rate:9,.0f} tokens/s  {left // 60:3}:{left % 60:02} left"
                 if live:
                     self.say(f"\r{text:<79}", end="")
-                elif done % max(1, min(100, total // 10)) == 0:
+                elif done % max(1, min(100, total // 10)) == 0 or done in (self.searches, total):
                     self.say(text)
                 if done % a.eval_every == 0 and done < total:
                     held_out = {name: r["loss"] for name, r in self.evaluate().items()}
@@ -566,7 +567,8 @@ class Run:
             size = f"{Path(a.out).stat().st_size / 1e6:.2f} MB{', the adapter alone' * (a.method != 'full')}"
             self.say("\n" * live, table(self.tasks, self.before, self.after), "", *shown, "",
                      f"saved    {a.out}, {size}; log {self.log_path}",
-                     f'next     python train.py --eval {a.out} --prompt "..."', sep="\n")
+                     f'next     python train.py --eval {a.out} --prompt "..."',
+                     *[f"         python analyze.py {a.out}"] * (not a.scratch), sep="\n")
         return self.after
 
 

@@ -297,11 +297,11 @@ def shape(text):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--rounds", type=int, default=40)
+    p.add_argument("--rounds", type=int, default=40, help="of one step of each (default %(default)s)")
     p.add_argument("--n_layer", type=int, default=4)
     p.add_argument("--n_embd", type=int, default=768)
-    p.add_argument("--vocab_size", type=int, default=5000)
-    p.add_argument("--batch", type=int, nargs=2, default=(4, 128), metavar=("B", "T"))
+    p.add_argument("--vocab_size", type=int, default=5000, help="(default %(default)s; GPT-2's is 50257)")
+    p.add_argument("--batch", type=int, nargs=2, default=(4, 128), metavar=("B", "T"), help="rows and tokens")
     p.add_argument("--latency", type=shape, nargs="+", default=[(1, 128), (4, 128)], metavar="BxT", help="such as 1x128 32x512")
     p.add_argument("--generate", type=int, nargs=2, default=(32, 64), metavar=("GIVEN", "NEW"), help="tokens")
     p.add_argument("--rank", type=int, default=8)

@@ -56,8 +56,8 @@ def search(seed, gate="softmax", hypergrad="forward", beta_lr=0.01, eta=0.1, row
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--out", default=ROOT / "experiments/results/planted.json")
+    p.add_argument("--seeds", type=int, default=5, help="how many (default %(default)s)")
+    p.add_argument("--out", default=ROOT / "experiments/results/planted.json", help="file of the results")
     args = p.parse_args()
     runs = {"default": {}, "first-order": {"hypergrad": "first-order"}, "beta_lr 0.03": {"beta_lr": 0.03},
             "64 rows": {"rows": 64}, "sigmoid": {"gate": "sigmoid"}, "none": {"gate": "none"}}

@@ -12,6 +12,8 @@ import sys
 
 import torch
 
+if len(sys.argv) != 5:
+    sys.exit(__doc__)
 found, kind, seed, out = sys.argv[1:]
 held = torch.load(found, weights_only=True)
 ranks, tensors = held["adapter"]["ranks"], held["adapter"]["tensors"]
