@@ -40,6 +40,7 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.pt")):
     if "after" in held:
         last = json.loads(path.with_suffix(".jsonl").read_text().splitlines()[-1])
         run = {k: held["args"][k] for k in ("method", "model", "data", "lr", "seed", "steps", "batch_size", "dtype")}
+        run["data"] = [pathlib.Path(t).name for t in run["data"]]
         if "adapter" in held:
             ranks = list(held["adapter"]["ranks"].values())
             run |= {"targets": held["args"]["targets"]}

@@ -27,7 +27,7 @@ def test_every_command_is_spelled_right(flags):
 
 @pytest.mark.parametrize("flags", ["", "--method full", "--method multilora --n_blocks 4", "--method autolora"])
 def test_the_main_commands_run(flags, tmp_path, monkeypatch, capsys):
-    assert flags.split() in COMMANDS and len(COMMANDS) > 12
+    assert flags.split() in COMMANDS and len(COMMANDS) >= 12
     monkeypatch.chdir(tmp_path)
     if "autolora" in flags:
         flags += " --search_steps 2"
@@ -99,7 +99,7 @@ def test_what_is_said_of_nano():
 
 
 def test_the_samples_of_real_text():
-    for line in tables.E2E["lora-read"]["samples"] + tables.E2E["full-nano"]["samples"]:
+    for line in tables.E2E["lora-B"]["samples"] + tables.E2E["full-nano"]["samples"]:
         assert line in README
 
 
