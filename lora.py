@@ -3,54 +3,35 @@ LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021, arXiv 2106.0
 
     h = W x + b + ΔW · dropout(x)        ΔW = (B ∘ s) A,   s = α/r              (equation 3)
 
-W stays frozen. A (r, d_in) starts random and B (d_out, r) at zero, so training starts at the base model.
-MultiLoRA and AutoLoRA are the same layer with a learned s: their files override `scale()`, which may also
-return a factor per column of B, and how B starts. Every method thus costs two thin products.
-
-What differs from the paper and from loralib, the official code, and why:
-- A starts Kaiming-uniform with a=√5, as in loralib; the paper says Gaussian.
-- W is always (d_out, d_in). There is no `fan_in_fan_out`, because `model.py` transposes once, at loading.
-- Merging is a call of its own, not a side effect of `eval()`. It happens once however often it is called,
-  and `unmerge` puts the kept W back, since subtracting ΔW again would leave rounding behind.
-- A and B are float32 even over a bfloat16 W.
-- A saved adapter knows its ranks, its α and a fingerprint of its base.
+W stays frozen. A starts Kaiming-uniform, as in loralib (the paper: Gaussian), and B at zero.
 """
 import hashlib
 import math
-import os
+from collections import Counter
 from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 
 class LoRALinear(nn.Module):
-    """
-    An nn.Linear `base` (frozen) and a trained update of rank `rank` beside it. With `rslora`, s = α/√r
-    (arXiv 2312.03732). Raises ValueError where the rank is no whole number from 1 to min(d_in, d_out).
-    """
-
-    def __init__(self, base, rank, alpha=16.0, dropout=0.0, rslora=False):
+    """An nn.Linear `base`, frozen by `inject`, and a trained update of rank r beside it."""
+    def __init__(self, base, rank, alpha=16.0, dropout=0.0):
         super().__init__()
-        d_out, d_in = base.weight.shape
-        if not isinstance(rank, int) or not 1 <= rank <= min(d_in, d_out):
-            raise ValueError(f"rank {rank} for a ({d_out}, {d_in}) matrix: "
-                             f"choose a whole number from 1 to {min(d_in, d_out)}")
-        self.base = base.requires_grad_(False)
-        like = dict(device=base.weight.device, dtype=torch.promote_types(base.weight.dtype, torch.float32))
-        self.A = nn.Parameter(torch.empty(rank, d_in, **like))
-        self.B = nn.Parameter(torch.empty(d_out, rank, **like))
-        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        W, (d_out, d_in) = base.weight, base.weight.shape
+        if rank not in range(1, min(W.shape) + 1):
+            raise ValueError(f"rank {rank} for {tuple(W.shape)}: choose 1 to {min(W.shape)}")
+        self.base, self.rank, self.alpha = base, int(rank), alpha
         self.dropout = nn.Dropout(dropout)
-        self.disabled = False
-        self.register_buffer("kept", None, persistent=False)        # W, while the base holds W + ΔW
+        self.register_buffer("kept", None, persistent=False)        # W, while the base is W + ΔW
+        dtype = torch.promote_types(W.dtype, torch.float32)         # float32 over bfloat16
+        self.A = nn.Parameter(W.new_empty(self.rank, d_in, dtype=dtype))
+        self.B = nn.Parameter(W.new_zeros(d_out, self.rank, dtype=dtype))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        nn.init.zeros_(self.B)
 
     def scale(self):
-        """s: a number here; in the subclasses a tensor (r,) or (d_out, r), to be multiplied with B."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """s: a number here; in the subclasses a tensor (r,) or (d_out, r), multiplied with B."""
+        return self.alpha / self.rank
 
     def factors(self):
         """(B ∘ s, A), of shapes (d_out, r) and (r, d_in), whose product is ΔW."""
@@ -62,32 +43,26 @@ class LoRALinear(nn.Module):
         return Bs @ A
 
     def forward(self, x):
-        if self.disabled or self.kept is not None:
+        if self.kept is not None:                                   # merged: the base is W + ΔW
             return self.base(x)
         Bs, A = self.factors()
-        flat = x.reshape(-1, x.size(-1))                            # (..., d_in) -> (N, d_in)
-        h = self.base(flat)                                         # (N, d_out)
-        z = F.linear(self.dropout(flat), A.to(x.dtype))             # (N, r)
-        # equation 3 in one call. Bᵀ is made contiguous because its gradient is then zᵀ g, which CPUs do four
-        # times faster than gᵀ z
-        h = torch.addmm(h, z, Bs.T.contiguous().to(x.dtype))        # h + z Bᵀ
-        return h.view(*x.shape[:-1], -1)                            # (..., d_out)
+        z = nn.functional.linear(self.dropout(x), A.to(x.dtype))    # x Aᵀ: (..., d_in) -> (..., r)
+        # z Bᵀ; with Bᵀ contiguous, CPUs find the gradient of B four times faster
+        return self.base(x) + z @ Bs.T.contiguous().to(x.dtype)     # equation 3, (..., d_out)
 
     @torch.no_grad()
     def merge(self):
-        """W ← W + ΔW, added in float32: from here on the layer costs what its base costs. Idempotent."""
+        """W ← W + ΔW, added in float32: the layer then costs what its base costs. Idempotent."""
         if self.kept is None:
             W = self.kept = self.base.weight.data
-            self.base.weight.data = (W.to(self.A.dtype) + self.delta_weight()).to(W.dtype)
+            merged = W.to(self.A.dtype) + self.delta_weight()
+            self.base.weight.data = merged.to(W.dtype)
 
     def unmerge(self):
-        """Put W back to the bit. Idempotent."""
+        """Put the kept W back: subtracting ΔW again would leave rounding. Idempotent."""
         if self.kept is not None:
             self.base.weight.data, self.kept = self.kept, None
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# All the layers of a model
 
 def adapters(model):
     """{name: layer} of a model's LoRA layers."""
@@ -95,71 +70,44 @@ def adapters(model):
 
 
 def inject(model, targets="all", rank=8, layer=LoRALinear, **settings):
-    """
-    Put `layer(linear, rank, **settings)` in the place of nn.Linear layers, and freeze all the rest, biases and
-    LayerNorms too. `targets` are last parts of names ("q v"), or "all"; `rank` is one number, or a dict from
-    whole names to numbers ({"h.3.attn.q": 5}), which then says the targets as well. Returns the model.
-    Raises ValueError, and leaves the model as it was, for a target that is not there, a rank that does not fit,
-    and a model that has adapters.
-    """
+    """Put `layer(linear, rank, **settings)` in the place of nn.Linear layers, freeze all the rest.
+    `targets` are last parts of names ("q v") or "all"; a `rank` {whole name: r} says them, too.
+    Returns the model. ValueError, with the model as it was, where that cannot work."""
     if adapters(model):
         raise ValueError("the model has adapters already: remove(model) takes them out")
-    ranks = rank
-    if not isinstance(rank, dict):
-        linears = linear_layers(model)
-        kinds = list(dict.fromkeys(name.split(".")[-1] for name in linears))
-        wanted = targets.split() if isinstance(targets, str) else list(targets)
-        for t in wanted:
-            if t not in [*kinds, "all"]:
-                raise ValueError(f"--targets {t}: no such layer; choose from {' '.join(kinds)}, or all")
-        ranks = {name: rank for name in linears if "all" in wanted or name.split(".")[-1] in wanted}
-    with as_it_was(model):
-        new = build(model, ranks, layer, settings)
-    return place(model, new, {"layer": layer.__name__, "settings": settings, "ranks": ranks, "base": fingerprint(model)})
+    return place(model, build(model, targets, rank, layer, settings))
 
 
-def linear_layers(model):
-    """{name: nn.Linear}, an adapter's base under the adapter's name. Subclasses are left out: not all are called."""
-    bases = {f"{name}.base": name for name in adapters(model)}
-    return {bases.get(name, name): m for name, m in model.named_modules() if type(m) is nn.Linear}
-
-
-@contextmanager
-def as_it_was(model):
-    """Take freezing back where what follows fails."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    except BaseException:   # Ctrl-C too
-        for p, was in before:
-            p.requires_grad_(was)
-        raise
-
-
-def build(model, ranks, layer, settings):
-    """{name: new layer} for {name: rank}, not yet in the model."""
-    linears, new = linear_layers(model), {}
-    for name, r in ranks.items():
-        if name not in linears:
-            raise ValueError(f"rank for {name}: no such layer; there are {' '.join(linears)}")
-        try:
-            new[name] = layer(linears[name], r, **settings)
-        except ValueError as e:
-            raise ValueError(f"{name}: {e}") from None
-    if not new:
-        raise ValueError("no layer to adapt: name at least one target")
+def build(model, targets, rank, layer, settings):
+    """{name: new layer}, checked and not yet in the model."""
+    linears = {name: m for name, m in model.named_modules() if name and type(m) is nn.Linear}
+    kinds = dict.fromkeys(name.split(".")[-1] for name in linears)
+    known, wanted = [*linears, *kinds, "all"], targets.split()
+    if isinstance(rank, dict):
+        known, wanted = linears, list(rank)
+    unknown = [t for t in wanted if t not in known]
+    if unknown or not wanted or not linears:
+        raise ValueError(f"--targets {' '.join(unknown)}: choose from {' '.join(kinds)}, or all")
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    new, about = {}, {"layer": layer.__name__, "settings": settings, "base": fingerprint(model)}
+    for name, linear in linears.items():
+        parent, _, kind = name.rpartition(".")
+        if {name, kind, "all"}.isdisjoint(wanted):
+            continue
+        fused = isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer)
+        if fused or uses[id(linear.weight)] > 1:
+            raise ValueError(f"{name}: leave it out, its weight is used past an adapter as well")
+        r = rank[name] if isinstance(rank, dict) else rank
+        new[name] = layer(linear, r, **settings)
+        new[name].about = about                             # what its state says besides tensors
     return new
 
 
-def place(model, new, about):
-    """Swap the new layers in, take older ones out, let nothing but the new ones' own parameters be trained."""
+def place(model, new):
     remove(model)
     model.requires_grad_(False)
     for name, m in new.items():
         model.set_submodule(name, m.train(model.training))
-        for p in m.parameters(recurse=False):
-            p.requires_grad_(True)
-    model.adapter = about
     return model
 
 
@@ -168,7 +116,6 @@ def remove(model):
     for name, m in adapters(model).items():
         m.unmerge()
         model.set_submodule(name, m.base)
-    model.adapter = None
 
 
 def merge(model):
@@ -183,100 +130,71 @@ def unmerge(model):
 
 @contextmanager
 def disabled(model):
-    """`with disabled(model): ...` runs the base alone, merged or not."""
-    layers = adapters(model).values()
-    merged = [m for m in layers if m.kept is not None]
-    before = [(m, m.disabled) for m in layers]
-    for m in layers:
-        m.unmerge()
-        m.disabled = True
+    """`with disabled(model): ...` has the base alone, merged or not."""
+    layers = [(name, m, m.kept) for name, m in adapters(model).items()]
+    remove(model)
     try:
         yield model
     finally:
-        for m, was in before:
-            m.disabled = was
-        for m in merged:
-            m.merge()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-def base_weights(model):
-    """{name: tensor} of the model as it is without adapters, merged or not."""
-    weights = dict(model.named_parameters())
-    for name, m in adapters(model).items():
-        for k, _ in m.named_parameters(recurse=False):                      # A, B, s
-            del weights[f"{name}.{k}"]
-        for k, _ in m.base.named_parameters():
-            weights[f"{name}.{k}"] = weights.pop(f"{name}.base.{k}")
-        if m.kept is not None:
-            weights[f"{name}.weight"] = m.kept
-    return weights
+        for name, m, was_merged in layers:
+            model.set_submodule(name, m.train(model.training))
+            if was_merged is not None:
+                m.merge()
 
 
 def fingerprint(model):
     """Names, shapes and values (rounded to bfloat16) of the base's weights, in 16 hex digits."""
+    for m in adapters(model).values():
+        return m.about["base"]                  # taken before the adapters came
     sha = hashlib.sha256()
-    for name, p in sorted(base_weights(model).items()):
+    for name, p in sorted(model.named_parameters()):
         sha.update(f"{name} {tuple(p.shape)}".encode())
         sha.update(p.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
     return sha.hexdigest()[:16]
 
 
-def state(model):
-    """Everything `load` needs, as a dict: the layer's class and settings, ranks, the base's fingerprint, tensors."""
+def state_dict(model):
+    """The adapter alone: its class, settings, base (a fingerprint), {name: its tensors}, scale."""
     if not adapters(model):
         raise ValueError("the model has no adapters to save")
-    tensors = {f"{name}.{k}": p.detach().cpu().clone() for name, m in adapters(model).items()
-               for k, p in m.named_parameters(recurse=False)}
-    return {**model.adapter, "tensors": tensors}
+    tensors, scale = {}, {}
+    for name, m in adapters(model).items():
+        tensors[name] = {k: p.detach().cpu().clone() for k, p in m.named_parameters(recurse=False)}
+        scale[name] = torch.as_tensor(m.scale(), dtype=m.A.dtype).detach().cpu()
+    return {**m.about, "tensors": tensors, "scale": scale}
 
 
-def write(obj, path):
-    """torch.save that leaves either the old file or the whole new one, whenever the machine stops."""
-    with open(f"{path}.part", "wb") as f:
-        torch.save(obj, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.part", path)
+def load_state_dict(model, state):
+    """Put a saved adapter in the place of the one there is. ValueError, with all as it was."""
+    layers = {c.__name__: c for c in (LoRALinear, *LoRALinear.__subclasses__())}
+    if state["base"] != fingerprint(model) or state["layer"] not in layers:
+        raise ValueError(f"another base, {state['base']}, or unknown {state['layer']}")
+    ranks = {name: len(own.get("A", [])) for name, own in state["tensors"].items()}
+    with disabled(model):                                   # `build` looks for plain nn.Linear
+        new = build(model, "", ranks, layers[state["layer"]], state["settings"])
+    for name, m in new.items():
+        own, saved = dict(m.named_parameters(recurse=False)), state["tensors"][name]
+        if own.keys() != saved.keys() or any(own[k].shape != saved[k].shape for k in own):
+            raise ValueError(f"the adapter is not whole: {name} should have other tensors")
+        for k, p in own.items():
+            p.data.copy_(saved[k])
+    return place(model, new)
 
 
-def save(model, path):
-    """Write the adapter alone: some thousandths of the model, merged or not."""
-    write({"adapter": state(model)}, path)
-
-
-def load(model, saved):
-    """
-    Put a saved adapter on a base model, in the place of the one it has: this is how tasks are switched.
-    `saved` is a path or what `state` returned. Raises ValueError, and leaves the model as it was, for a file
-    that holds no adapter, an adapter of another base, and tensors that are not exactly those it should have.
-    """
-    if not isinstance(saved, dict):
-        try:
-            held = torch.load(saved, map_location="cpu", weights_only=True)
-            saved = held["adapter"]
-        except FileNotFoundError:
-            raise
-        except Exception:  # torch raises many kinds here
-            raise ValueError(f"{saved}: not a complete file, or one without an adapter") from None
-    base = fingerprint(model)
-    if saved["base"] != base:
-        raise ValueError(f"the adapter was trained on another base: one with fingerprint {saved['base']}, "
-                         f"while this model's is {base}")
-    classes = {c.__name__: c for c in (LoRALinear, *LoRALinear.__subclasses__())}
-    if saved["layer"] not in classes:
-        raise ValueError(f"the adapter is made of {saved['layer']}: import the file that defines it first")
-    with as_it_was(model):
-        new = build(model, saved["ranks"], classes[saved["layer"]], saved["settings"])
-        own = {f"{name}.{k}": p for name, m in new.items() for k, p in m.named_parameters(recurse=False)}
-        want, have = ({k: tuple(t.shape) for k, t in d.items()} for d in (own, saved["tensors"]))
-        wrong = [f"missing {k}" for k in want.keys() - have.keys()]
-        wrong += [f"unexpected {k}" for k in have.keys() - want.keys()]
-        wrong += [f"{k} is {have[k]}, not {want[k]}" for k in want.keys() & have.keys() if have[k] != want[k]]
-        if wrong:
-            raise ValueError(f"the adapter is not whole: {'; '.join(sorted(wrong))}")
-    for k, p in own.items():
-        p.data.copy_(saved["tensors"][k])
-    return place(model, new, {k: v for k, v in saved.items() if k != "tensors"})
+def combine(states, weights=None):
+    """Σᵢ wᵢ ΔWᵢ of saved adapters of one base, exactly, as one of rank Σᵢ rᵢ: wᵢ Bᵢ side by side,
+    Aᵢ on top of each other, as MultiLoRA's n LoRAs are. Task arithmetic (arXiv 2212.04089)."""
+    tensors, scale = {}, {}
+    bases = {state["base"] for state in states}
+    if len(bases) != 1:
+        raise ValueError("the adapters to combine should be of one base")
+    for state, w in zip(states, weights or [1.0] * len(states), strict=True):
+        for name, own in state["tensors"].items():
+            both = tensors.setdefault(name, {"A": own["A"][:0], "B": own["B"][:, :0]})
+            both["A"] = torch.cat([both["A"], own["A"]])
+            both["B"] = torch.cat([both["B"], w * state["scale"][name] * own["B"]], 1)
+    for name, both in tensors.items():
+        scale[name] = 1 / len(both["A"])                                # α/r with α = 1
+        both["B"] *= len(both["A"])
+    about = {"layer": "LoRALinear", "settings": {"alpha": 1.0}, "base": bases.pop()}
+    return {**about, "tensors": tensors, "scale": scale}

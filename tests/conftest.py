@@ -1,18 +1,22 @@
+"""What the tests share: a small GPT whose weights are not special, and a comparison of tensors."""
+import copy
 import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-os.environ["OMP_NUM_THREADS"] = "1"     # faster for models this small, and the same sums in every process
+os.environ["OMP_NUM_THREADS"] = "1"         # faster for small models, and the same sums everywhere
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(ROOT.parent / "shared" / "tiktoken"))
 
 import pytest
 import torch
 
+import lora
 from model import GPT, GPTConfig
 
 TINY = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=16)
+IDX = torch.arange(18).view(2, 9) * 14 % 257                 # two rows of tokens
 
 
 def random_gpt(config=TINY, seed=0, dtype=torch.float64):
@@ -27,3 +31,39 @@ def random_gpt(config=TINY, seed=0, dtype=torch.float64):
 @pytest.fixture
 def gpt():
     return random_gpt()
+
+
+def randomise(model, seed=1):
+    """Give every tensor of the model's adapters random values, as if they had learned something."""
+    torch.manual_seed(seed)
+    for m in lora.adapters(model).values():
+        for p in m.parameters(recurse=False):
+            p.data = torch.randn_like(p) * 0.2
+    return model
+
+
+def close(a, b, tol=1e-12):
+    """Two tensors must be alike, within `tol` of the largest value (or of 1, if that is larger)."""
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= tol * max(1, b.abs().max()), (a - b).abs().max()
+
+
+def logits(model):
+    """A model's answer to the same two rows, always."""
+    return model(IDX)[0]
+
+
+def same(a, b):
+    """Are two tensors, or dicts of such, the same to the bit?"""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a == b
+
+
+def snapshot(model):
+    """All that a call which fails has to leave alone."""
+    layers = {name: type(m) for name, m in model.named_modules()}
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    return {"layers": layers, "trained": trained, "values": copy.deepcopy(model.state_dict())}
