@@ -1,161 +1,152 @@
 """
-AutoLoRA: Automatically Tuning Matrix Ranks in Low-Rank Adaptation (Zhang et al. 2024, arXiv 2403.09113).
+AutoLoRA: Automatically Tuning Matrix Ranks in Low-Rank Adaptation (2024, arXiv 2403.09113).
 
     h = W x + b + α Σⱼ aⱼ Bⱼ Aⱼᵀ dropout(x),    a = softmax(β),    j = 1 … k
 
-Bⱼ is a column of B (d_out, k), Aⱼᵀ a row of A (k, d_in): k candidates of rank one, each with a selection variable.
-ω, all A and B, learns from one part of the training rows and β from the other, so that β measures which candidates
-help on rows they were not fitted to:
+Bⱼ is a column of B (d_out, k), Aⱼᵀ a row of A (k, d_in): k candidates of rank one, each with a
+selection variable. ω, all A and B, learns from one part of the training rows and β from the other,
+so that β measures which candidates help on rows they were not fitted to:
 
     min_β L_val(ω'(β), β),    ω' = ω − η ∇_ω L_tr(ω, β)
     dL_val/dβ = ∇_β L_val(ω', β) − η ∇²_{βω} L_tr(ω, β) v,    v = ∇_ω L_val(ω', β)
 
-A layer's rank is then the number of j with aⱼ ≥ 1/k, and a fresh LoRA of those ranks is trained on all rows.
+A layer's rank is then the number of j with aⱼ ≥ 1/k, and a fresh LoRA of those ranks is trained on
+all rows.
 
-What differs from the official code, and why:
-- s = α a, so that at the start, β = 0, the layer is LoRA of rank k to the letter. The official code has α/k · a.
-- The threshold is applied to the a of the forward pass. The official script for GLUE applies it to β / Σβ.
-- One pass over the training rows serves the look-ahead ω', the real step and, with `forward`, one end of the finite
-  difference: three passes an iteration. The official code takes five, because its real step comes after β's and so
-  needs a pass of its own, and its ω' is a step of its optimizer where ours is the equation's plain gradient step.
-- The ranks come out as a dict that `lora.inject` takes. The official code has them pasted into a list by hand.
+What differs from the official code: s = α a, so that the layer starts as LoRA of rank k (there it
+is α/k · a). The threshold is applied to the a of the forward pass (not to β / Σβ, as there). One
+pass over the training rows serves ω', the real step and, with `forward`, one end of the finite
+difference: three passes a step, not five. The ranks come out as `lora.inject` takes them.
 """
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora
 
-# {name: (a from β, β at which a = 1/k)}; the second and third are the paper's ablations
-GATES = {
-    "softmax": (lambda beta: beta.softmax(0), lambda k: 0.0),
-    "sigmoid": (torch.sigmoid, lambda k: torch.logit(torch.tensor(1 / k, dtype=torch.float64))),
-    "none": (lambda beta: beta, lambda k: 1 / k),
-}
+GATES = ("softmax", "sigmoid", "none")              # the paper's, and its two ablations
 HYPERGRADIENTS = ("exact", "central", "forward", "first-order")
 
 
-class AutoLoRALinear(lora.LoRALinear):
-    """
-    An nn.Linear `base` (frozen) and `max_rank` candidates of rank one beside it, with selection variables
-    a = gate(β), all 1/max_rank at the start. Raises ValueError for a gate that does not exist.
-    """
+def selection(beta, gate="softmax"):
+    """a (..., k), the selection variables of β (..., k)."""
+    if gate == "softmax":
+        return beta.softmax(-1)
+    return beta.sigmoid() if gate == "sigmoid" else beta
 
-    def __init__(self, base, max_rank, alpha=16.0, gate="softmax", dropout=0.0):
-        super().__init__(base, max_rank, alpha, dropout)
+
+def above_threshold(a):
+    """(..., k) booleans: aⱼ ≥ 1/k, but for rounding; without softmax, the largest in any case."""
+    return (a >= (1 - 1e-6) / a.size(-1)) | (a == a.amax(-1, keepdim=True))
+
+
+class AutoLoRALinear(lora.LoRALinear):
+    """k = `rank` candidates of rank one beside an nn.Linear, whose a are all 1/k at the start.
+    Raises ValueError for a gate that does not exist."""
+
+    def __init__(self, base, rank, alpha=16.0, gate="softmax", dropout=0.0):
+        super().__init__(base, rank, alpha, dropout)
         if gate not in GATES:
             raise ValueError(f"gate {gate}: choose from {' '.join(GATES)}")
         self.gate = gate
-        self.beta = nn.Parameter(torch.full_like(self.B[0], GATES[gate][1](max_rank)))
-
-    def selection(self):
-        """a (k,), the selection variables."""
-        return GATES[self.gate][0](self.beta)
+        share = torch.tensor(1 / rank, dtype=torch.float64)
+        start = {"softmax": 0.0, "sigmoid": share.logit().item(), "none": share.item()}[gate]
+        self.beta = nn.Parameter(torch.full_like(self.B[0], start))
 
     def scale(self):
         """s = α a, of shape (k,)."""
-        return self.alpha * self.selection()
-
-    @torch.no_grad()
-    def kept_candidates(self):
-        """(k,) booleans: a ≥ 1/k, and the largest in any case: at the start, where all are equal, all of them."""
-        a = self.selection()
-        return (a >= 1 / self.rank) | (a == a.max())
+        return self.alpha * selection(self.beta, self.gate)
 
 
-def hypergradient(train, valid, omega, beta, eta, how="forward"):
+def ranks(model):
+    """{name: rank} that a model's selection variables ask for, as `lora.inject` takes it."""
+    found = {}
+    for name, m in lora.adapters(model).items():
+        found[name] = int(above_threshold(selection(m.beta.detach(), m.gate)).sum())
+    return found
+
+
+def rank_table(found):
+    """Ranks as text: a line for each layer of the model, a column for each target."""
+    grid = {}
+    for name, rank in found.items():
+        layer, _, target = name.rpartition(".")
+        grid.setdefault(layer.rpartition(".")[0], {})[target] = rank
+    targets = list(dict.fromkeys(name.split(".")[-1] for name in found))
+    lines = ["ranks           " + "".join(f"{t:>6}" for t in targets)]
+    for layer, row in grid.items():
+        lines.append(f"{layer:16}" + "".join(f"{row.get(t, '-'):>6}" for t in targets))
+    return "\n".join(lines)
+
+
+def search_gradients(train, valid, omega, beta, eta, how="forward", over_processes=list):
     """
-    One iteration's loss and gradients: L_tr (ω, β), its gradient for each tensor of the list `omega`, and dL_val/dβ
-    for each of `beta`. `train()` and `valid()` yield the parts of a loss one by one, the same at every call (so a
-    dropout mask has to come back). Under torchrun the gradients are summed over the processes, the loss is not. ω is
-    moved on the way and put back: the very tensors, as they were. `how`:
+    Fill the gradients of one step of the search: p.grad of the tensors `omega` is ∇_ω L_tr(ω, β),
+    that of `beta` is dL_val/dβ. Returns L_tr. ω is moved on the way and put back, to the bit.
 
-        exact        ∇²_{βω} L_tr v by differentiating twice: the time of four to six passes
-        central      (∇_β L_tr(ω + εv) − ∇_β L_tr(ω − εv)) / 2ε with ε = 0.01 / ‖v‖: four passes, error O(ε²)
-        forward      (∇_β L_tr(ω + εv) − ∇_β L_tr(ω)) / ε: three passes, error O(ε)
-        first-order  without the second term: two passes
+    train(), valid()    yield the parts of a loss, the same at every call (dropout masks too)
+    over_processes      sums each tensor of a list over the processes, where there are several
+    how                 exact: ∇²_{βω} L_tr v by differentiating twice, the time of 4 to 6 passes
+                        central: (∇_β L_tr(ω+εv) − ∇_β L_tr(ω−εv)) / 2ε, 4 passes, error O(ε²)
+                        forward: (∇_β L_tr(ω+εv) − ∇_β L_tr(ω)) / ε, 3 passes, error O(ε)
+                        first-order: without that term, 2 passes
     """
     if how not in HYPERGRADIENTS:
         raise ValueError(f"hypergradient {how}: choose from {' '.join(HYPERGRADIENTS)}")
-    start = [w.data for w in omega]
-
-    def place(direction, step):                                         # ω ← start + step · direction
-        for w, w0, d in zip(omega, start, direction):
-            w.data = w0 + step * d
-
+    start, n, second = [w.data for w in omega], len(omega), None
     try:
-        loss, g, g_beta = gradients(train, omega, beta)
-        place(g, -eta)                                                  # the look-ahead ω'
-        _, v, h = gradients(valid, omega, beta)                         # v and ∇_β L_val(ω', β)
-        if how == "first-order" or eta == 0:
-            return loss, g, h
-        if how == "exact":
-            place(v, 0)                                                 # at ω again
-            second = mixed_derivative(train, omega, beta, v)
-        else:
-            eps = 0.01 / nn.utils.get_total_norm(v).clamp(min=1e-30)
-            place(v, eps)
-            _, _, above = gradients(train, [], beta)
-            below, width = g_beta, eps
+        loss, at_omega = gradients(train, [*omega, *beta], over_processes)
+        g = at_omega[:n]                                                # ∇_ω L_tr(ω, β)
+        move(omega, start, -eta, g)                                     # the look-ahead ω'
+        _, ahead = gradients(valid, [*omega, *beta], over_processes)
+        v, d_beta = ahead[:n], ahead[n:]                                # v, ∇_β L_val(ω', β)
+        eps = 0.01 / nn.utils.get_total_norm(v).clamp(min=1e-30)        # DARTS' (1806.09055)
+        if how == "exact" and eta > 0:
+            move(omega, start, 0, v)                                    # back at ω
+            second = mixed_derivative(train, omega, beta, v, over_processes)
+        elif how in ("forward", "central") and eta > 0:
+            lower, width = at_omega[n:], eps                            # ∇_β L_tr(ω, β)
             if how == "central":
-                place(v, -eps)
-                _, _, below = gradients(train, [], beta)
+                move(omega, start, -eps, v)
+                _, lower = gradients(train, beta, over_processes)
                 width = 2 * eps
-            second = [(a - b) / width for a, b in zip(above, below)]
-        return loss, g, [a - eta * b for a, b in zip(h, second)]        # dL_val/dβ
+            move(omega, start, eps, v)
+            _, upper = gradients(train, beta, over_processes)
+            second = [(a - b) / width for a, b in zip(upper, lower)]
     finally:
         for w, w0 in zip(omega, start):
             w.data = w0
+    if second is not None:
+        d_beta = [a - eta * b for a, b in zip(d_beta, second)]          # dL_val/dβ
+    for p, grad in zip([*omega, *beta], [*g, *d_beta]):
+        p.grad = grad
+    return loss
 
 
-def gradients(losses, omega, beta):
-    """The sum of `losses()` in this process and, over all processes, its gradients for ω and for β."""
-    params, value = [*omega, *beta], 0.0
-    total = [torch.zeros_like(p) for p in params]
+def move(omega, start, step, direction):
+    """ω ← start + step · direction"""
+    for w, w0, d in zip(omega, start, direction):
+        w.data = w0 + step * d
+
+
+def gradients(losses, tensors, over_processes):
+    """The sum of losses(), and its gradient for each of `tensors`."""
+    zero = torch.zeros((), device=tensors[0].device, dtype=tensors[0].dtype)
+    total = [zero, *map(torch.zeros_like, tensors)]
     for loss in losses():
-        value = value + loss.detach()
-        for t, grad in zip(total, torch.autograd.grad(loss, params)):
+        for t, grad in zip(total, [loss.detach(), *torch.autograd.grad(loss, tensors)]):
             t += grad
-    total = over_processes(total)
-    return value, total[:len(omega)], total[len(omega):]
+    value, *grads = over_processes(total)
+    return value, grads
 
 
-def mixed_derivative(losses, omega, beta, v):
+def mixed_derivative(losses, omega, beta, v, over_processes):
     """∇_β ⟨∇_ω L, v⟩ = ∇²_{βω} L v, for each of `beta`."""
-    total = [torch.zeros_like(p) for p in beta]
-    with sdpa_kernel(SDPBackend.MATH):                                  # the fused attentions differentiate once
+    total = list(map(torch.zeros_like, beta))
+    with sdpa_kernel(SDPBackend.MATH):         # the fused attentions differentiate once
         for loss in losses():
             g = torch.autograd.grad(loss, omega, create_graph=True)
             inner = sum((a * b).sum() for a, b in zip(g, v))
             for t, grad in zip(total, torch.autograd.grad(inner, beta)):
                 t += grad
     return over_processes(total)
-
-
-def over_processes(tensors):
-    """Each summed over the processes of torchrun, if there are several."""
-    if dist.is_initialized():
-        for t in tensors:
-            dist.all_reduce(t)
-    return tensors
-
-
-def ranks(model):
-    """{name: rank} that a model's selection variables ask for, as `lora.inject` takes it."""
-    return {name: int(m.kept_candidates().sum()) for name, m in lora.adapters(model).items()}
-
-
-@torch.no_grad()
-def prune(model):
-    """Turn a model's AutoLoRA layers into LoRA layers of the kept candidates, the others left out. Returns the model."""
-    found, layers = ranks(model), lora.adapters(model)
-    first = next(iter(layers.values()))
-    lora.remove(model)
-    lora.inject(model, rank=found, alpha=first.alpha, dropout=first.dropout.p)
-    for name, m in lora.adapters(model).items():
-        keep = layers[name].kept_candidates()
-        Bs, A = layers[name].factors()
-        m.A.copy_(A[keep])
-        m.B.copy_(Bs[:, keep] / m.scale())
-    return model
