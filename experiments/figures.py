@@ -1,81 +1,138 @@
 """
-The README's picture of the three rules, and its plots of what nano.sh swept over:
+The picture of the three rules for s, and the plots of what nano.sh swept over:
 
     python experiments/figures.py
 """
-import sys
-from pathlib import Path
 from statistics import mean
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import matplotlib.pyplot as plt
+import matplotlib
 from matplotlib.patches import Rectangle
 
-from analyze import COLORS
-from tables import ROOT, exact, runs
+from results import ROOT, column
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 FIGURES = ROOT / "experiments" / "figures"
+LORA, MULTILORA, FULL = "#0072b2", "#d55e00", "#000000"         # as in analyze.py
+LEARNED = (0.7, 0.35, 0.9, 0.5)                                 # made up, for the picture
+SELECTED = (0.9, 0.25, 0.6, 0.12, 0.75, 0.18, 0.4, 0.1)
+CENTER = {"ha": "center", "va": "center"}
 
 
-def rules():
-    """W and, beside it, B, s and A of each method: columns of B, factors and rows of A that belong together share a colour."""
-    blues, many = [plt.cm.Blues(0.55)] * 8, [plt.cm.viridis(v) for v in (0.15, 0.4, 0.65, 0.9)]
-    a = [0.9, 0.25, 0.6, 0.12, 0.75, 0.18, 0.4, 0.1]
-    panels = (("LoRA", "s = α/r, a constant", blues, [0.5] * 8),
-              ("MultiLoRA", "s: a learned number for each block", [many[i // 2] for i in range(8)], [0.7, 0.7, 0.35, 0.35, 0.9, 0.9, 0.5, 0.5]),
-              ("AutoLoRA", "s = α · softmax(β): small ones are cut", [plt.cm.Greens(0.35 + 0.5 * v) for v in a], a))
-    fig, axes = plt.subplots(1, 3, figsize=(10, 2.15), layout="constrained")
-    for ax, (name, rule, colors, s) in zip(axes, panels):
-        def box(x, y, w, h, **kw):
-            ax.add_patch(Rectangle((x, y), w, h, edgecolor="white", linewidth=0.8, **kw))
-        box(0, 0, 4, 4, facecolor="#dddddd")
-        ax.text(2, 2, "W\nfrozen", ha="center", va="center", fontsize=11)
-        ax.text(4.5, 2, "+", ha="center", va="center", fontsize=16)
-        for i, (color, v) in enumerate(zip(colors, s)):
-            cut = dict(alpha=0.35) if name == "AutoLoRA" and v < mean(a) else {}
-            box(5 + 0.2 * i, 0, 0.2, 4, facecolor=color, **cut)
-            box(7.3 + 0.2 * i, 2.8, 0.2, 1.2 * v, facecolor=color, **cut)
-            box(9.4, 3.8 - 0.2 * i, 4, 0.2, facecolor=color, **cut)
-        for x, text in ((2, "(d_out, d_in)"), (5.8, "B (d_out, r)"), (8.1, "s"), (11.4, "A (r, d_in)")):
-            ax.text(x, -0.45, text, ha="center", va="center", fontsize=8)
-        ax.text(6.7, -1.3, rule, ha="center", fontsize=10)
-        ax.set(xlim=(-0.2, 13.6), ylim=(-1.6, 4.3), aspect="equal", title=name)
-        ax.axis("off")
-    fig.savefig(FIGURES / "rules.png", dpi=150)
+def rules(path):
+    """
+    W and, beside it, B, s and A of each method: a column of B, its factor and its row of A have
+    one colour, and what AutoLoRA cuts is pale.
+    """
+    fig, axes = plt.subplots(1, 3, figsize=(11, 2.5), layout="constrained")
+    blue, viridis, green = map(plt.get_cmap, ("Blues", "viridis", "Greens"))
+
+    panel(axes[0], "LoRA", "s = α/r, a constant")
+    for i in range(8):
+        component(axes[0], i, 0.5, blue(0.6))
+
+    panel(axes[1], "MultiLoRA", "s: a learned number for each block")
+    for i in range(8):
+        block = i // 2
+        component(axes[1], i, LEARNED[block], viridis(0.15 + 0.25 * block))
+
+    panel(axes[2], "AutoLoRA", "s = α · softmax(β); what is small is cut")
+    for i, a in enumerate(SELECTED):
+        shade = 0.8 if a >= mean(SELECTED) else 0.25
+        component(axes[2], i, a, green(shade))
+    fig.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(fig)
 
 
-def sweeps():
-    """Exact match over LoRA's rank, its targets and MultiLoRA's blocks: every seed a point, and the mean."""
-    fig, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained", sharey=True)
+def panel(ax, method, rule):
+    """W, and what is written around it and what will stand beside it."""
+    ax.set_xlim(-0.2, 15.4)
+    ax.set_ylim(-3.1, 4.1)
+    ax.set_aspect("equal")
+    ax.set_title(method, fontsize=12)
+    ax.axis("off")
+    box(ax, 0, 0, 4, 4, "#dddddd")
+    ax.text(4.8, 2, "+", fontsize=16, **CENTER)
+    ax.text(7.8, 2, "∘", fontsize=12, **CENTER)
+    ax.text(10.6, 2, "·", fontsize=16, **CENTER)
+    label(ax, 2, "W, frozen", "(d_out, d_in)")
+    label(ax, 6.4, "B", "(d_out, r)")
+    label(ax, 9.3, "s", "(r)")
+    label(ax, 13.2, "A", "(r, d_in)")
+    ax.text(7.6, -2.7, rule, fontsize=10, **CENTER)
 
-    def points(ax, at, name, color):
-        values = [exact(r) for r in runs(name)]
-        ax.plot([at] * len(values), values, "o", color=color, markersize=4, alpha=0.5)
-        return mean(values)
 
-    for text, names, look in (("q, v", {r: f"lora-qv-r{r}" for r in (1, 2, 4, 8, 64)}, "--"),
-                              ("all six", {r: f"lora-all-r{r}" if r != 16 else "lora" for r in (1, 2, 4, 8, 16, 64)}, "-")):
-        means = [points(axes[0], r, name, COLORS["lora"]) for r, name in names.items()]
-        axes[0].plot(list(names), means, look, color=COLORS["lora"], label=text)
-    full = mean(exact(r) for r in runs("full"))
+def label(ax, x, name, shape):
+    ax.text(x, -0.6, name, fontsize=10, **CENTER)
+    ax.text(x, -1.4, shape, fontsize=8, color="#555555", **CENTER)
+
+
+def component(ax, i, s, color):
+    """The i-th column of B, its factor, and its row of A."""
+    at = 0.2 * i
+    box(ax, 5.6 + at, 0, 0.2, 4, color)
+    box(ax, 8.5 + at, 2.4, 0.2, 1.6 * s, color)
+    box(ax, 11.2, 3.8 - at, 4, 0.2, color)
+
+
+def box(ax, x, y, width, height, color):
+    look = {"facecolor": color, "edgecolor": "white", "linewidth": 0.8}
+    ax.add_patch(Rectangle((x, y), width, height, **look))
+
+
+def points(ax, at, name, color):
+    """A point for each seed; returns their mean."""
+    exact = column(name)
+    at = [at] * len(exact)
+    ax.plot(at, exact, "o", color=color, markersize=4, alpha=0.5)
+    return mean(exact)
+
+
+def line(ax, names, color, **look):
+    """The seeds' points over {x: name of the runs}, and a line through their means."""
+    means = [points(ax, x, name, color) for x, name in names.items()]
+    ax.plot(list(names), means, color=color, **look)
+    ax.set_xscale("log")
+    ax.set_xticks(list(names), names)
+    ax.minorticks_off()
+
+
+def named(start, numbers):
+    return {n: f"{start}{n}" for n in numbers}
+
+
+def sweeps(path):
+    """Exact match over LoRA's rank, its targets, and MultiLoRA's blocks."""
+    fig, axes = plt.subplots(1, 3, figsize=(10, 3), sharey=True, layout="constrained")
+    by_rank, by_target, by_block = axes
     for ax in axes:
-        ax.axhline(full, color=COLORS["full"], linewidth=1, label="full fine-tuning")
-    axes[0].set(xscale="log", xticks=[1, 2, 4, 8, 16, 64], xticklabels=[1, 2, 4, 8, 16, 64], xlabel="rank r", title="LoRA's rank",
-                ylabel="exact match, mean over tasks", ylim=(0, 1.03))
-    axes[0].minorticks_off()
-    axes[0].legend(frameon=False, fontsize=8)
-    names = {"q": "lora-q-r16", "k": "lora-k-r16", "v": "lora-v-r16", "o": "lora-o-r16", "q v": "lora-qv-r8", "q k v o": "lora-qkvo-r4"}
-    axes[1].bar(list(names), [points(axes[1], i, n, COLORS["lora"]) for i, n in enumerate(names.values())], color=COLORS["lora"], alpha=0.4)
-    axes[1].set(title="LoRA, as many parameters on", xlabel="targets")
-    names = {1: "multilora-n1", 2: "multilora-n2", 4: "multilora", 8: "multilora-n8"}
-    axes[2].plot(list(names), [points(axes[2], n, name, COLORS["multilora"]) for n, name in names.items()], color=COLORS["multilora"])
-    axes[2].set(title="MultiLoRA's blocks, rank 16 in all", xlabel="n", xscale="log", xticks=list(names), xticklabels=list(names))
-    axes[2].minorticks_off()
-    fig.savefig(FIGURES / "sweeps.png", dpi=150)
+        full = mean(column("full"))
+        ax.axhline(full, color=FULL, linewidth=1, label="full fine-tuning")
+
+    some = named("lora-qv-r", (1, 2, 4, 8, 64))
+    every = named("lora-all-r", (1, 2, 4, 8, 16, 64)) | {16: "lora"}
+    line(by_rank, some, LORA, linestyle="--", label="q, v")
+    line(by_rank, every, LORA, label="all six")
+    by_rank.set(title="LoRA's rank", xlabel="rank r", ylim=(0, 1.03))
+    by_rank.set_ylabel("exact match, mean over tasks")
+    by_rank.legend(frameon=False, fontsize=8)
+
+    names = "q-r16 k-r16 v-r16 o-r16 qv-r8 qkvo-r4".split()
+    for i, name in enumerate(names):
+        height = points(by_target, i, f"lora-{name}", LORA)
+        by_target.bar(i, height, color=LORA, alpha=0.4)
+    by_target.set_xticks(range(len(names)), "q k v o qv qkvo".split())
+    by_target.set(title="LoRA, as many parameters on", xlabel="targets")
+
+    blocks = named("multilora-n", (1, 2, 4, 8)) | {4: "multilora"}
+    line(by_block, blocks, MULTILORA)
+    by_block.set(title="MultiLoRA's blocks, rank 16 in all", xlabel="n")
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
 
 
 if __name__ == "__main__":
     FIGURES.mkdir(exist_ok=True)
-    rules()
-    sweeps()
+    rules(FIGURES / "rules.png")
+    sweeps(FIGURES / "sweeps.png")

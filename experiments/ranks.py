@@ -1,37 +1,93 @@
 """
-Other ranks of as many parameters as those AutoLoRA found, for `train.py --ranks`:
+Other ranks of as many parameters as those that AutoLoRA found, for train.py --ranks:
 
-    python experiments/ranks.py FOUND.pt uniform|random|shuffled SEED OUT
+    python experiments/ranks.py FOUND.pt uniform|random|shuffled SEED OUT.pt
 
-uniform: the same rank everywhere, but for what does not divide; random: any ranks. Both stay below the found ranks'
-number of parameters by less than what one more rank costs. shuffled: the found ranks, dealt out anew among the matrices
-of one shape: if these do as well, the search has not found where the rank is needed.
+uniform     the same rank everywhere, but for what does not divide
+random      any ranks from 1 to k
+shuffled    the found ranks, dealt out anew among the matrices of one shape: if these do as well,
+            the search has not found where the rank is needed
+
+The first two stay below the found ranks' number of parameters by less than one more rank costs.
 """
+import argparse
 import random
 import sys
+from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-if len(sys.argv) != 5:
-    sys.exit(__doc__)
-found, kind, seed, out = sys.argv[1:]
-held = torch.load(found, weights_only=True)
-ranks, tensors = held["adapter"]["ranks"], held["adapter"]["tensors"]
-cost = {n: (tensors[f"{n}.A"].numel() + tensors[f"{n}.B"].numel()) // r for n, r in ranks.items()}     # of one more
-budget, k = sum(cost[n] * r for n, r in ranks.items()), held["args"]["max_rank"]
-rng, low = random.Random(int(seed)), budget // sum(cost.values())
-if kind == "shuffled":
+import lora
+from support import checkpoint
+
+
+def spent(ranks, cost):
+    """How many parameters these ranks have; `cost` is each matrix's for one more rank."""
+    total = 0
+    for name, r in ranks.items():
+        total += cost[name] * r
+    return total
+
+
+def shuffled(found, cost, dice):
+    new = dict(found)
+    for shape in set(cost.values()):
+        names = [name for name in found if cost[name] == shape]
+        ranks = [found[name] for name in names]
+        new.update(zip(names, dice.sample(ranks, len(ranks))))
+    return new
+
+
+def random_ranks(found, k, dice):
     new = {}
-    for one in set(cost.values()):
-        names = [n for n in ranks if cost[n] == one]
-        new |= zip(names, rng.sample([ranks[n] for n in names], len(names)))
-    new = {n: new[n] for n in ranks}
-else:
-    new = {n: low if kind == "uniform" else rng.randint(1, k) for n in ranks}
-spent = lambda: sum(cost[n] * r for n, r in new.items())
-while spent() > budget:
-    new[rng.choice([n for n in new if new[n] > 1])] -= 1
-while fit := [n for n in new if cost[n] <= budget - spent() and new[n] < (low + 1 if kind == "uniform" else k)]:
-    new[rng.choice(fit)] += 1
-print(f"{kind} ranks, {spent():,} of {budget:,} parameters: {' '.join(map(str, new.values()))}")
-torch.save({"adapter": {"ranks": new, "layer": "LoRALinear"}}, out)
+    for name in found:
+        new[name] = dice.randint(1, k)
+    return new
+
+
+def spend(ranks, most, budget, cost, dice):
+    """Lower some of these ranks and raise some, up to `most`, until the budget is spent."""
+    while spent(ranks, cost) > budget:
+        high = [name for name in ranks if ranks[name] > 1]
+        ranks[dice.choice(high)] -= 1
+    while True:
+        left = budget - spent(ranks, cost)
+        fit = [name for name in ranks if cost[name] <= left and ranks[name] < most]
+        if not fit:
+            return ranks
+        ranks[dice.choice(fit)] += 1
+
+
+def deal(found, kind, cost, k, dice):
+    """{name: rank} of that kind, of as many parameters as {name: rank} `found`."""
+    budget = spent(found, cost)
+    if kind == "shuffled":
+        return shuffled(found, cost, dice)
+    if kind == "random":
+        return spend(random_ranks(found, k, dice), k, budget, cost, dice)
+    low = budget // sum(cost.values())
+    return spend(dict.fromkeys(found, low), low + 1, budget, cost, dice)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("found", help="a finished run of --method autolora")
+    p.add_argument("kind", choices=("uniform", "random", "shuffled"))
+    p.add_argument("seed", type=int)
+    p.add_argument("out", type=Path, help="an adapter of the new ranks, untrained")
+    args = p.parse_args(argv)
+    saved, settings = checkpoint.open_run(args.found)
+    found, cost = checkpoint.ranks_of(args.found, saved["base"]), {}
+    for name, own in saved["adapter"]["tensors"].items():
+        cost[name] = own["A"].size(1) + own["B"].size(0)
+    new = deal(found, args.kind, cost, settings.rank, random.Random(args.seed))
+    model = lora.inject(checkpoint.start_model(settings, "cpu"), rank=new)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write({"adapter": lora.state_dict(model)}, args.out)
+    print(f"{args.kind} ranks, {spent(new, cost):,} of {spent(found, cost):,} parameters:")
+    print(*new.values())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The experiments: the pages' tables are those of the results, and the scripts work in small."""
+import json
+import random
+
+import pytest
+
+import analyze
+import bench
+import flatten
+import ranks
+import tables
+import train
+from results import read_csv
+
+
+@pytest.mark.parametrize("page", tables.READMES, ids=["README", "experiments"])
+def test_the_tables_of_the_pages_are_those_of_the_results(page):
+    text = page.read_text() if page.exists() else ""
+    if "<!-- end -->" not in text:
+        pytest.skip("has no tables")
+    assert tables.fill(text) == text
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of a run of AutoLoRA and one of its ranks shuffled, and their results."""
+    folder = tmp_path_factory.mktemp("runs")
+    small = "--data facts --steps 2 --batch_size 4 --eval_rows 2 --out".split()
+    auto, lora, new = (str(folder / f) for f in ("auto-seed0.pt", "lora-seed0.pt", "new/ranks.pt"))
+    search = "--method autolora --targets q up --rank 4 --search_steps 3".split()
+    found = {"auto-seed0": train.main([*search, *small, auto])}
+    ranks.main([auto, "shuffled", "0", new])
+    return folder, found | {"lora-seed0": train.main(["--ranks", new, *small, lora])}
+
+
+def test_analyses_become_the_tables_that_the_claims_are_read_from(runs, tmp_path):
+    paths = [str(path) for path in sorted(runs[0].glob("*.pt"))]
+    studies = "--study subspace intruders --layers 0 --targets q --device cpu --out".split()
+    analyze.main([*paths, *studies, str(tmp_path)])
+    flatten.main(tmp_path, tmp_path / "own")
+    for own, stored in (("own", "nano_methods"), ("own_pairs", "nano_subspaces_pairs"),
+                        ("own_intruders", "nano_methods_intruders")):
+        row = read_csv(tmp_path / f"{own}.csv")[0]
+        assert row.keys() == read_csv(f"{stored}.csv")[0].keys()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_other_ranks_cost_what_the_found_ones_cost(seed):
+    dice = random.Random(seed)
+    found = {name: dice.randint(1, 16) for name in "abcdefgh"}
+    cost = {name: 256 if name < "e" else 640 for name in found}
+    for kind in ("uniform", "random", "shuffled"):
+        new = ranks.deal(dict(found), kind, cost, 16, dice)
+        left = sum(cost[name] * (found[name] - new[name]) for name in found)
+        assert new.keys() == found.keys() and all(1 <= r <= 16 for r in new.values())
+        assert 0 <= left < 640 and (left == 0 or kind != "shuffled")
+        assert kind != "uniform" or max(new.values()) - min(new.values()) <= 1
+
+
+def test_the_benchmark_runs(tmp_path):
+    small = "--rounds 2 --n_layer 1 --n_embd 64 --vocab_size 300 --batch 1 8 --latency 1x8"
+    more, d, out = "--generate 4 4 --device cpu --out", 64, tmp_path / "bench.json"
+    bench.main([*small.split(), *more.split(), str(out)])
+    found = json.loads(out.read_text())
+    ours, full = found["training"]["LoRA"], found["training"]["full fine-tuning"]
+    assert ours["ratio"] == 1 and ours["parameters"] == 8 * (4 * 2 * d + 2 * 5 * d)
+    assert full["optimizer_MB"] == pytest.approx(8e-6 * full["parameters"], rel=0.01)
+    assert full["file_MB"] == pytest.approx(4e-6 * full["parameters"], rel=0.05)
+    assert full["flops"] == pytest.approx(3 * 2 * 8 * full["parameters"], rel=0.2)
+    assert tables.BENCH["latency"]["1 x 128"].keys() == found["latency"]["1 x 8"].keys()
+    missing = tables.BENCH["training"].keys() - found["training"].keys()
+    assert all("peft" in name or "loralib" in name for name in missing)
