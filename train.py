@@ -288,7 +288,7 @@ def parse(argv=None):
     add("--dtype", choices=["fp32", "bf16"], help="of activations and of a frozen W (by device)")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--out", help="the checkpoint's file (default: out/METHOD.pt, or the next free name)")
-    add("--eval_every", default=100, type=whole, help="steps from checkpoint to checkpoint (100)")
+    add("--eval_every", default=200, type=whole, help="steps from checkpoint to checkpoint (200)")
     add("--resume", metavar="CKPT", help="go on with a run that was stopped, with its settings")
     settings = p.parse_args(argv)
     settings.targets = " ".join(settings.targets)
