@@ -142,7 +142,7 @@ def load(names, tok, block_size, eval_rows=200):
             if not held_out.is_file():
                 held_out = path / "test.jsonl"
             train = read_jsonl(path / "train.jsonl")
-            task = Task(path.resolve().name, train, read_jsonl(held_out))
+            task = Task(path.absolute().name, train, read_jsonl(held_out))
         elif path.is_file() and path.suffix == ".jsonl":
             task = Task(path.name, *hold_out(read_jsonl(path), name))
         elif path.is_file() and name.endswith((".txt", ".txt.xz")):
