@@ -47,8 +47,7 @@ class LoRALinear(nn.Module):
             return self.base(x)
         Bs, A = self.factors()
         z = nn.functional.linear(self.dropout(x), A.to(x.dtype))    # x Aᵀ: (..., d_in) -> (..., r)
-        # z Bᵀ; with Bᵀ contiguous, CPUs find the gradient of B four times faster
-        return self.base(x) + z @ Bs.T.contiguous().to(x.dtype)     # equation 3, (..., d_out)
+        return self.base(x) + nn.functional.linear(z, Bs.to(x.dtype))   # equation 3, (..., d_out)
 
     @torch.no_grad()
     def merge(self):
@@ -168,7 +167,7 @@ def load_state_dict(model, state):
     """Put a saved adapter in the place of the one there is. ValueError, with all as it was."""
     layers = {c.__name__: c for c in (LoRALinear, *LoRALinear.__subclasses__())}
     if state["base"] != fingerprint(model) or state["layer"] not in layers:
-        raise ValueError(f"another base, {state['base']}, or unknown {state['layer']}")
+        raise ValueError(f"it is of another base, {state['base']}, or unknown {state['layer']}")
     ranks = {name: len(own.get("A", [])) for name, own in state["tensors"].items()}
     with disabled(model):                                   # `build` looks for plain nn.Linear
         new = build(model, "", ranks, layers[state["layer"]], state["settings"])
@@ -184,11 +183,12 @@ def load_state_dict(model, state):
 def combine(states, weights=None):
     """Σᵢ wᵢ ΔWᵢ of saved adapters of one base, exactly, as one of rank Σᵢ rᵢ: wᵢ Bᵢ side by side,
     Aᵢ on top of each other, as MultiLoRA's n LoRAs are. Task arithmetic (arXiv 2212.04089)."""
+    weights = [1.0] * len(states) if weights is None else weights
     tensors, scale = {}, {}
     bases = {state["base"] for state in states}
     if len(bases) != 1:
         raise ValueError("the adapters to combine should be of one base")
-    for state, w in zip(states, weights or [1.0] * len(states), strict=True):
+    for state, w in zip(states, weights, strict=True):
         for name, own in state["tensors"].items():
             both = tensors.setdefault(name, {"A": own["A"][:0], "B": own["B"][:, :0]})
             both["A"] = torch.cat([both["A"], own["A"]])
