@@ -126,7 +126,8 @@ def of_lora():
         (f"no latency once merged (table 1); forward pass of {shape}, time / the base's †",
          time(late["LoRA, merged"]),
          f"adapter layers: {time(late['adapter layers'])}; LoRA unmerged: {time(late['LoRA'])}",
-         "holds, by construction; that adapter layers cost more is within the noise", "bench.py"),
+         "holds, by construction; adapter layers cost a little, LoRA that is not merged more",
+         "bench.py"),
 
         ("r = 1 or 2 is enough (table 6: q and v 73.4 at r = 1, 73.5 at 64)",
          f"q and v, r = 1, 2: {over_seeds('lora-qv-r1')}, {over_seeds('lora-qv-r2')}; "
