@@ -1,10 +1,12 @@
 """
 What did training do to the weights? The papers' studies of ΔW, on checkpoints
-of train.py.
+of train.py and on adapters of peft (a file or its folder) and loralib.
 
     python analyze.py out/lora.pt                # its spectra, what it amplifies
     python analyze.py out/full.pt out/lora.pt    # side by side, and every two
     python analyze.py a.pt b.pt --study subspace --targets q v
+    python analyze.py adapter_model.safetensors --base gpt2
+    python analyze.py gpt2_md_lora_e2e.pt --alpha 32    # loralib does not say α
 
 Prints tables; leaves figures, and one JSON with every number, in a folder
 beside the first checkpoint. NAME-seed0.pt, NAME-seed1.pt, ... are drawn as one.
@@ -30,20 +32,17 @@ import itertools
 import json
 import math
 import os
-import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn as nn
 
-import lora
 from autolora import above_threshold, selection
-from support import checkpoint, command, show
+from support import changes, command, show
+from support.changes import layer_of, target_of
 from support.show import column, where
 
 
@@ -138,93 +137,38 @@ def gaussian_like(delta, name=""):
     return U, S * (size.norm() / S.norm()), V
 
 
-# Checkpoints, and a record of each of their matrices
+# A record of each matrix
 
-def load(paths, device="cpu", base=None):
-    """Checkpoints of train.py, all of one base. Raises ValueError or OSError for other files."""
-    model, found = None, []
-    for path in map(Path, paths):
-        saved, settings = checkpoint.open_run(path)
-        if settings.scratch:
-            raise ValueError(f"{path}: pretrained from scratch, there is no base to compare with")
-        if model is None:
-            model = checkpoint.base_model(base or settings.model).to(device)
-            mark, W = lora.fingerprint(model), {}
-            for name, m in model.named_modules():
-                if type(m) is nn.Linear:
-                    W[name] = m.weight.detach()
-        if saved["base"] != mark:
-            raise ValueError(f"{path}: was trained on another base than {base or settings.model}; "
-                             "--base says where its own is")
-        c = SimpleNamespace(**saved | {"settings": settings}, W=W, delta={}, svd={})
-        c.path, c.label = path, path.stem
-        name, seed = re.fullmatch(r"(.+?)(?:-seed(\d+))?", c.label).groups()
-        c.id = {"checkpoint": name, "seed": seed, "method": settings.method}
-        if settings.method == "full":
-            for name in W:
-                c.delta[name] = c.model[f"{name}.weight"].to(device) - W[name]
-        else:
-            for name, own in c.adapter["tensors"].items():
-                B = own["B"] * c.adapter["scale"][name]
-                c.delta[name] = B.to(device), own["A"].to(device)
-        found.append(c)
-    return found
-
-
-def target_of(name):
-    return name.split(".")[-1]
-
-
-def layer_of(name):
-    """The first number in a dotted name."""
-    return int(re.search(r"\d+", f"{name}.0").group())
-
-
-def choose(c, flag, wanted, part):
-    there = dict.fromkeys(map(part, c.delta))
-    for t in wanted or []:
-        if t not in there:
-            raise ValueError(f"--{flag} {t}: {c.path} has no such ΔW; choose from "
-                             f"{' '.join(map(str, there))}")
-    for name in list(c.delta):
-        if part(name) not in (wanted or there):
-            del c.delta[name]
-
-
-def check_seeds(checkpoints):
-    """ValueError where two of one name differ in more than the seed, or not in it."""
-    free = dict.fromkeys(["out", "resume", "ranks", "device", "seed"])
-    for a, b in itertools.combinations(checkpoints, 2):
-        same = vars(a.settings) | free == vars(b.settings) | free
-        same &= a.settings.seed != b.settings.seed
-        same &= (a.phase, a.step) == (b.phase, b.step)
-        if a.id["checkpoint"] == b.id["checkpoint"] and not same:
-            raise ValueError(f"{a.path} and {b.path} have one name, but are not two seeds of one "
-                             "setting: rename one")
-
-
-def numbers(W, U, S, V, r):
-    """The measures of one ΔW; against W in its first r directions."""
+def numbers(W, U, S, V, r, scaled):
+    """The measures of one ΔW, if `scaled` its size too; against W, if it is there, in its first r
+    directions."""
     U, V = U[:, :r], V[:, :r]
-    return {"S": S.tolist(), "top1": top_share(S), "effective_rank": effective_rank(S),
-            "stable_rank": stable_rank(S), "delta": S.norm().item(),
-            "projection": projection(W, U, V), "amplification": amplification(W, U, S[:r], V)}
+    found = {"S": S.tolist(), "top1": top_share(S), "effective_rank": effective_rank(S),
+             "stable_rank": stable_rank(S)}
+    if scaled:
+        found["delta"] = S.norm().item()
+    if W is not None:
+        found["projection"] = projection(W, U, V)
+    if scaled and W is not None:
+        found["amplification"] = amplification(W, U, S[:r], V)
+    return found
 
 
 def record(c, name):
     """The measures of one ΔW (and c.svd), with "null", a Gaussian's. A full ΔW is compared with W
     in its first 16 directions: all are all of W. ValueError for a ΔW of 0 or not finite."""
-    delta, W = c.delta[name], c.W[name]
+    delta, W = c.delta[name], c.W.get(name)
     parts = delta if isinstance(delta, tuple) else [delta]
     r = delta[1].size(0) if len(parts) == 2 else 16
     if not all(0 < t.norm() < math.inf for t in parts):
-        raise ValueError(f"{c.path}: ΔW of {name} is 0 or not finite after {c.phase} step {c.step}")
+        raise ValueError(f"{c.path}: ΔW of {name} is 0 or not finite")
     c.svd[name] = svd(delta)
     null = gaussian_like(delta, f"{c.label} {name}")
     found = {**c.id, "name": name, "layer": layer_of(name), "target": target_of(name)}
-    found |= {"r": r, "W": W.norm().item(), "top_W": top_norm(W, r)}
-    found |= numbers(W, *c.svd[name], r)
-    return {**found, "null": numbers(W, *null, r)}
+    found |= {"r": r, "null": numbers(W, *null, r, c.scaled)}
+    if W is not None:
+        found |= {"W": W.norm().item(), "top_W": top_norm(W, r)}
+    return found | numbers(W, *c.svd[name], r, c.scaled)
 
 
 def each(f, pairs):
@@ -270,6 +214,7 @@ def spectrum_study(checkpoints, records, out):
 def amplification_study(checkpoints, records, out):
     """‖ΔW‖ / ‖UᵀWV‖ by layer; and printed, the norms of LoRA's table 7."""
     lines, rows = [], []
+    records = [r for r in records if "amplification" in r]
     for target in dict.fromkeys(column(records, "target")):
         for c in checkpoints:
             own = where(records, target=target, **c.id)
@@ -290,6 +235,8 @@ def amplification_study(checkpoints, records, out):
 def pairs(checkpoints):
     """{title: pairs with a matrix in common}; of other seeds if any, as one starts at related A."""
     found, apart = {}, {}
+    names = [c.id["checkpoint"] for c in checkpoints]
+    checkpoints = sorted(checkpoints, key=lambda c: names.index(c.id["checkpoint"]))
     for a, b in itertools.combinations(checkpoints, 2):
         if a.delta.keys() & b.delta.keys():
             title = f"{a.id['checkpoint']} and {b.id['checkpoint']}"
@@ -346,15 +293,17 @@ def draw_pair(a, b, out):
 
 
 def some(names):
-    return [name for name in names if target_of(name) in ("q", "v")]    # the LoRA paper's
+    """Queries and values, the LoRA paper's, also as q_proj or value."""
+    return [name for name in names if target_of(name).startswith(("q", "v"))]
 
 
 def against_W(of_one, x, checkpoints):
-    """Lines that need W's SVD: of every W in a small model, of some q and v in a large one."""
+    """Lines that need W's SVD: of every W in a small model or if --targets or --layers choose, of
+    some q and v in a large one."""
     matrices = []
     for c in checkpoints:
-        names = list(c.delta)
-        if min(c.W[names[0]].shape) > 256:
+        names = [name for name in c.delta if name in c.W]
+        if names and not c.chosen and min(c.W[names[0]].shape) > 256:
             ends = layer_of(names[0]), layer_of(names[-1])
             names = [name for name in some(names) if layer_of(name) in ends] or names[:4]
         matrices += [(c, name) for name in names]
@@ -392,7 +341,7 @@ def intruders_study(checkpoints, records, out):
         U, S, V = of_delta
         return intruders(of_W[0], W + U * S @ V.T, epsilons)
 
-    lines = against_W(counts, epsilons, checkpoints)
+    lines = against_W(counts, epsilons, [c for c in checkpoints if c.scaled])
     show.figure(out / "intruders.png", "Singular vectors of W + ΔW that are none of W's", lines,
                 size=(5, 3.4), band=False, ylabel="of the first ten",
                 xlabel="ε: a cosine below it counts as none of W's")
@@ -418,44 +367,52 @@ STUDIES = {"spectrum": spectrum_study, "amplification": amplification_study,
            "intruders": intruders_study, "ranks": ranks_study}
 
 
+def missing(checkpoints):
+    """{study: what it needs and these do not have}"""
+    lacks = {}
+    if not pairs(checkpoints):
+        lacks["subspace"] = "two checkpoints with a matrix in common"
+    if not any(c.history["beta"] for c in checkpoints):
+        lacks["ranks"] = "a checkpoint of --method autolora"
+    if not any(c.delta.keys() & c.W.keys() for c in checkpoints):
+        lacks |= dict.fromkeys(["amplification", "directions", "intruders"], "W (--base)")
+    if not any(c.scaled for c in checkpoints):
+        lacks |= dict.fromkeys(["amplification", "intruders"], "the size of ΔW, so α (--alpha)")
+    return lacks
+
+
 def parse(argv=None):
     p = command.parser(__doc__, "python analyze.py CKPT ... [options]")
     add = p.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", help="what train.py left, all of one base")
+    add("checkpoints", nargs="+", metavar="CKPT", help="of train.py, peft, loralib; of one base")
     add("--study", nargs="+", choices=STUDIES, metavar="STUDY", help="(default: all that apply)")
     add("--targets", nargs="+", metavar="T", help="matrices: q k v o up down (default: all)")
     add("--layers", nargs="+", type=int, metavar="N", help="layers, from 0 (default: all)")
-    add("--base", help="the base model, where it is not at the place the checkpoints name")
+    add("--base", help="the base model, where the checkpoints do not say or it has moved, or a "
+        "file with some of its matrices")
+    add("--alpha", type=float, help="α of an adapter of loralib, which does not say it")
     add("--out", type=Path, help="folder of figures and numbers (default: CKPT-analysis)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     return p.parse_args(argv)
-
-
-def applicable(asked, checkpoints):
-    studies = dict(STUDIES)
-    if not pairs(checkpoints):
-        del studies["subspace"]
-    if not any(c.history["beta"] for c in checkpoints):
-        del studies["ranks"]
-    for study in set(asked or []) - set(studies):
-        raise ValueError(f"--study {study}: subspace needs two checkpoints with a matrix in "
-                         "common, ranks one of --method autolora")
-    return asked or studies
 
 
 @torch.no_grad()
 def main(argv=None):
     args = parse(argv)
     with command.plain_errors():
-        checkpoints = load(args.checkpoints, command.pick_device(args.device), args.base)
+        device = command.pick_device(args.device)
+        checkpoints = changes.load(args.checkpoints, device, args.base, args.alpha)
         torch.set_float32_matmul_precision("highest")           # no tf32
-        check_seeds(checkpoints)
         for c in checkpoints:
-            choose(c, "targets", args.targets, target_of)
-            choose(c, "layers", args.layers, layer_of)
-        studies = applicable(args.study, checkpoints)
+            changes.choose(c, "targets", args.targets, target_of)
+            changes.choose(c, "layers", args.layers, layer_of)
+        lacks = missing(checkpoints)
+        for study in args.study or []:
+            if study in lacks:
+                raise ValueError(f"--study {study} needs {lacks[study]}")
+        changes.say_left_out(checkpoints, {} if args.study else lacks)
         records = each(record, [(c, name) for c in checkpoints for name in c.delta])
-        out = args.out or checkpoints[0].path.with_name(f"{checkpoints[0].label}-analysis")
+        out = args.out or checkpoints[0].path.parent / f"{checkpoints[0].label}-analysis"
         out.mkdir(parents=True, exist_ok=True)
         for study in ("curves", "histogram", *STUDIES):         # of a run before
             for figure in [*out.glob(f"{study}.png"), *out.glob(f"{study}-*.png")]:
@@ -466,7 +423,7 @@ def main(argv=None):
         for c in checkpoints:
             found["checkpoints"].append({**c.id, "parameters": c.parameters, "results": c.after,
                                          "settings": vars(c.settings)})
-        for study in studies:
+        for study in args.study or [study for study in STUDIES if study not in lacks]:
             found[study] = STUDIES[study](checkpoints, records, out)
         (out / "analysis.json").write_text(json.dumps(found))
     print(f"figures and analysis.json are in {out}")

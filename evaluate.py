@@ -1,5 +1,5 @@
 """
-How good is a checkpoint of train.py, or what does it say?
+How good is a checkpoint of train.py, or an adapter of peft or loralib? Or what does it say?
 
     python evaluate.py out/lora.pt                          # its tasks again, before and after
     python evaluate.py out/lora.pt --data skills            # other tasks: what was forgotten
@@ -56,7 +56,7 @@ def complete(model, prompts, tok, settings, device):
         with command.autocast(settings.dtype, device):
             new, = model.generate([ids], min(100, room), stop=tok.eot_token)
         text = tok.decode(ids).removesuffix(data.EOT)
-        lines += [f"  {text}", f"    -> {tok.decode(new)}"]
+        lines += [f"  {text}", f"    -> {tok.decode(new).strip()}"]
     return lines
 
 
@@ -90,7 +90,8 @@ def parse(argv=None):
     add("--data", nargs="+", metavar="TASK", help="tasks (default: the run's own)")
     add("--prompt", nargs="+", metavar="TEXT", help="complete these, instead")
     add("--export", metavar="FILE", help="instead, write W + ΔW in GPT-2's Hugging Face layout")
-    add("--model", help="where its base is now, if it has moved")
+    add("--base", help="its base model, where the checkpoint does not say, or it has moved")
+    add("--alpha", type=float, help="α of an adapter of loralib, which does not say it")
     add("--eval_rows", type=command.number(int, 1), help="of each task (default: as trained)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--dtype", choices=["fp32", "bf16"], help="(default: as trained)")
@@ -100,12 +101,10 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     with command.plain_errors():
-        saved, settings = checkpoint.open_run(args.checkpoint)
-        for name in ("model", "data", "eval_rows", "dtype"):
-            if getattr(args, name):
-                setattr(settings, name, getattr(args, name))
-        if args.export:
-            settings.dtype = "fp32"
+        changes = {"model": args.base, "data": args.data, "eval_rows": args.eval_rows}
+        changes["dtype"] = "fp32" if args.export else args.dtype
+        changes = {name: value for name, value in changes.items() if value}
+        saved, settings = checkpoint.open_run(args.checkpoint, changes, args.alpha)
         device = command.pick_device(args.device)
         model = checkpoint.start_model(settings, device)
         tok = data.tokenizer(model.config.vocab_size)
@@ -118,7 +117,7 @@ def main(argv=None):
             checkpoint.write(model.hf_state_dict(), checkpoint.claim(args.export))
             return print(f"{args.export} has the model, of {model.config.n_head} heads a layer")
         if args.prompt:
-            prompts = [data.encode(tok, text, "").ids[:-1] for text in args.prompt]
+            prompts = [tok.encode_ordinary(text) + [tok.eot_token] for text in args.prompt]
             return print(*complete(model, prompts, tok, settings, device), sep="\n")
         after = evaluate(model, tasks, tok, settings, device, generate=True)
         samples = complete(model, first_prompts(tasks), tok, settings, device)

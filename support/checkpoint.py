@@ -15,10 +15,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 import autolora, lora, multilora        # all, so that lora knows all layers
 from model import GPT, PRESETS, read
-from support import command
+from support import command, foreign
 
 PARTS = "phase step parameters base checksums history before after samples".split()
 
@@ -28,8 +29,24 @@ def base_model(name):
     return GPT.from_pretrained(name)
 
 
+def matrices(name, device):
+    """({name: W} of a base's nn.Linear, its fingerprint); of a file with no more than such W, None
+    for the fingerprint. Raises OSError or ValueError."""
+    held = read(name) if Path(name).is_file() else {"": None}
+    if all(torch.is_tensor(t) and t.dim() == 2 for t in held.values()):
+        W = {key.removesuffix(".weight"): t.to(device).float() for key, t in held.items()}
+        return W, None
+    model, W = base_model(name).to(device), {}
+    for key, m in model.named_modules():
+        if type(m) is nn.Linear:
+            W[key] = m.weight.detach()
+    return W, lora.fingerprint(model)
+
+
 def start_model(settings, device):
     """What a run starts from: the base, or random weights of its shape. Raises ValueError."""
+    if settings.model is None:
+        raise ValueError("it does not say which model is its base: --base does")
     if not settings.scratch:
         model = base_model(settings.model)
     elif settings.model not in PRESETS:
@@ -57,7 +74,9 @@ def trained(model, settings, ended):
 
 def restore(saved, model):
     """Put what a run trained into the model that it started from. Raises ValueError."""
-    if "adapter" in saved:
+    if "others" in saved:
+        lora.load_state_dict(model, foreign.for_model(saved, model))
+    elif "adapter" in saved:
         lora.load_state_dict(model, saved["adapter"])
     elif saved["base"] != lora.fingerprint(model):
         raise ValueError(f"it was trained on another base, {saved['base']}, not this one")
@@ -65,11 +84,12 @@ def restore(saved, model):
         model.load_state_dict(saved["model"])
 
 
-def open_run(path, changes={}):
-    """(checkpoint, its settings, some changed) of a file of train.py. OSError or ValueError."""
-    saved = read(path)
+def open_run(path, changes={}, alpha=None):
+    """(checkpoint, its settings, some changed) of a file of train.py, or, as if it were one, of an
+    adapter of peft (a file or its folder) or loralib (of this α). Raises OSError or ValueError."""
+    saved = foreign.read(Path(path))
     if not {"settings", *PARTS} <= saved.keys():
-        raise ValueError(f"{path}: not a checkpoint of train.py")
+        saved = foreign.as_run(saved, Path(path), alpha)
     return saved, Namespace(**saved["settings"] | changes)
 
 

@@ -2,7 +2,8 @@
 Tokenisers, rows from files, the endless stream of rows, batches.
 
 A task is a set of rows for training and a set held out. A row is a prompt and its completion, laid
-out as the LoRA paper's GPT-2 runs do, with the end-of-text token between them and after them:
+out as the LoRA paper's GPT-2 runs do, with the end-of-text token between them and after them (and,
+but for bytes as tokens, a space before the completion, as before any word):
 
     prompt <eot> completion <eot>        only what follows the first <eot> counts in the loss
 
@@ -71,7 +72,8 @@ class Task:
 
 def encode(tok, prompt, completion):
     given = tok.encode_ordinary(prompt) + [tok.eot_token]
-    return Row(given + tok.encode_ordinary(completion) + [tok.eot_token], len(given))
+    space = "" if tok.n_vocab == 257 else " "
+    return Row(given + tok.encode_ordinary(space + completion) + [tok.eot_token], len(given))
 
 
 def read_jsonl(path):
@@ -128,10 +130,10 @@ def windows(path, tok, T):
 
 
 def load(names, tok, block_size, eval_rows=200):
-    """
-    A Task for every name, built-in or as in FORMS, without rows too long for the block, as its note
-    says, and with `eval_rows` of the held-out rows, evenly spread. Raises ValueError or OSError.
-    """
+    """A Task for every name, built-in or as in FORMS, without rows too long for the block (its note
+    says so), with `eval_rows` of the held-out rows, evenly spread. ValueError or OSError."""
+    if not names:
+        raise ValueError(f"--data says which tasks: {FORMS}")
     tasks = {}
     for name in [n for given in names for n in GROUPS.get(given, [given])]:
         path = Path(name)

@@ -39,9 +39,9 @@ def where(records, **wanted):
 
 
 def column(records, path):
-    """A list of one value of each record: column(records, "null.top1")."""
+    """A list of one value of each record that has it: column(records, "null.top1")."""
     for key in path.split("."):
-        records = [r[key] for r in records]
+        records = [r[key] for r in records if key in r]
     return records
 
 
@@ -80,8 +80,8 @@ def summary(checkpoints, records):
         for key, digits in MEASURES.items():
             matrices.append(cell(column(own, key), digits))
             null.append(cell(column(own, f"null.{key}"), digits))
-            means = [np.mean(column(where(own, **c.id), key)) for c in runs]
-            seeds.append(cell(means, digits))
+            of_seeds = [column(where(own, **c.id), key) for c in runs]
+            seeds.append(cell([np.mean(values) for values in of_seeds if values], digits))
         rows += [matrices, seeds, null] if len(runs) > 1 else [matrices, null]
         loss, exact = [], []
         for c in runs:
@@ -91,10 +91,12 @@ def summary(checkpoints, records):
             measured = [r["exact"] for r in tasks if "exact" in r]
             if measured:
                 exact.append(np.mean(measured))
-        results.append([name, cell(loss, 3), cell(exact, 3)])
+        if loss:
+            results.append([name, cell(loss, 3), cell(exact, 3)])
     heads = ["mean ± std over matrices", "parameters", "top-1", "eff. rank", "st. rank", "amplif."]
     table(heads, rows)
-    table(["results, mean over tasks", "loss", "exact match"], results, 13)
+    if results:
+        table(["results, mean over tasks", "loss", "exact match"], results, 13)
 
 
 def figure(path, title, lines, size=(3.2, 2.6), band=True, **options):
@@ -209,6 +211,8 @@ def curves(checkpoints, path):
     lines = []
     for c in checkpoints:
         loss = np.array(c.history["loss"])
+        if len(loss) == 0:
+            continue
         width = max(1, len(loss) // 50)
         smooth = np.convolve(loss, np.ones(width) / width, "valid")
         x = np.arange(len(smooth)) + width
@@ -221,8 +225,9 @@ def curves(checkpoints, path):
                 means.append(np.mean(column(tasks.values(), "loss")))
         lines.append({**c.id, "panel": "held-out rows, mean over tasks", "null": [],
                       "x": steps, "real": means})
-    figure(path, "Loss over the steps, nats a token", lines, size=(4, 3), xlabel="step",
-           yscale="log")
+    if lines:
+        figure(path, "Loss over the steps, nats a token", lines, size=(4, 3), xlabel="step",
+               yscale="log")
 
 
 def save(fig, path):

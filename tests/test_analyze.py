@@ -266,7 +266,7 @@ def test_every_name_has_a_row_and_is_in_the_legend(made, capsys):
     ("cut.pt", "cut.pt: not a whole checkpoint"), ("base.pt", "base.pt: not a checkpoint"),
     ("scratch.pt", "scratch.pt: pretrained"), ("v.pt --base full.pt", "v.pt: .* another base"),
     ("wide.pt --layers 2", "choose from 0 1"), ("wide.pt --targets up", "choose from q v"),
-    ("same.pt v.pt --study subspace", "in common"), ("v.pt --study ranks", "ranks one of --method"),
+    ("same.pt v.pt --study subspace", "in common"), ("v.pt --study ranks", "needs a .*autolora"),
     ("zero.pt", "zero.pt: ΔW of h.1.attn.v is 0"), ("same.pt nan.pt", "nan.pt: .* not finite"),
     ("v.pt v.pt", "v.pt and .*v.pt have one name"), ("v.pt --device nonsense", "--device nonsense"),
     ("lora-seed0.pt lora-seed2.pt", "lora-seed0.pt and .*lora-seed2.pt have one name"),

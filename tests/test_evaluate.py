@@ -72,7 +72,7 @@ def test_other_tasks_prompts_an_unfinished_search_and_a_moved_base(monkeypatch, 
     base, want = [evaluate.evaluate(m, tasks, TOK, FP32, CPU)["other.jsonl"]["loss"]
                   for m in models]
     os.rename("base.pt", "moved.pt")
-    argv = ["a.pt", "--model", "moved.pt", *ON_CPU]
+    argv = ["a.pt", "--base", "moved.pt", *ON_CPU]
     got = evaluate.main([*argv, *"--data other.jsonl --eval_rows 2".split()])["other.jsonl"]
     assert got["loss"] == pytest.approx(want, rel=1e-5) and abs(base - want) > 1e-3
     assert f"{'other.jsonl':28} {2:8} {base:9.3f} {want:9.3f}" in capsys.readouterr().out
@@ -97,7 +97,7 @@ def test_a_model_from_scratch_is_stored_in_half_precision():
 
 @pytest.mark.parametrize("argv, message", [
     ("base.pt", "base.pt: not a checkpoint of train.py"),
-    ("a.pt --model nano", "base"),
+    ("a.pt --base nano", "base"),
     ("a.pt --export base.pt", "base.pt is there already"),
     ("a.pt --prompt " + 99 * "x", "room for 0 new ones"),
 ])

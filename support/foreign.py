@@ -1,0 +1,117 @@
+"""
+LoRA adapters that others trained, in the files of peft and loralib, read as a run of train.py.
+
+Both keep A (r, d_in) and B (d_out, r) by the layer's name; peft has α in an adapter_config.json
+beside them, loralib nowhere. GPT-2's fused c_attn is q, k and v here, and B is cut in three. peft's
+A serves all; in loralib's MergedLinear each has its own, and two of them are q and v, as in LoRA's
+script for GPT-2.
+"""
+import json
+import math
+import re
+
+import lora
+import model
+
+KEY = re.compile(r"(?:base_model\.model\.|module\.)?(.+)\.lora_([AB])(\.weight)?")
+IN_GPT2 = re.compile(rf"(?:transformer\.)?(h\.\d+)\.({'|'.join(model.HF_NAMES)})")
+OTHERS = "use_dora use_qalora use_bdlora kasa_config lora_bias layer_replication target_parameters"
+MOVES_W = "pissa", "olora", "corda", "loftq", "lora_ga"     # starts that change the base as well
+SETTINGS = {"method": "lora", "scratch": False, "seed": None, "data": None, "dtype": "fp32",
+            "eval_rows": 200, "batch_size": 8, "block_size": 1024}
+
+
+def read(path):
+    """The dict in a torch or safetensors file, or a peft folder. Raises OSError or ValueError."""
+    if path.is_dir():
+        path = next(path.glob("adapter_model.safetensors"), path / "adapter_model.bin")
+    if path.suffix != ".safetensors":
+        return model.read(path)
+    data = path.read_bytes()
+    try:
+        from safetensors.torch import load
+        return load(data)
+    except ImportError:
+        raise ValueError(f"{path}: to read it, pip install safetensors") from None
+    except Exception as e:                                      # of a kind of safetensors' own
+        raise ValueError(f"{path}: not a whole safetensors file ({e})") from None
+
+
+def as_run(saved, path, alpha=None):
+    """What a checkpoint holds, of such tensors; the scale is None where nothing says α.
+    Raises OSError or ValueError where they are not a whole LoRA."""
+    config, layers, others = {"lora_alpha": alpha}, {}, []
+    for key, t in saved.items():
+        found = KEY.fullmatch(key)
+        if found:
+            layer, side, of_peft = found.groups()
+            layers.setdefault(layer, {})[side] = t
+        else:
+            others.append(key)
+    if not layers:
+        raise ValueError(f"{path}: not a checkpoint of train.py, nor an adapter of peft or loralib")
+    if of_peft:
+        config = peft_config((path if path.is_dir() else path.parent) / "adapter_config.json")
+    own, scale, size = {}, {}, 0
+    for layer, pair in layers.items():
+        size += sum(t.numel() for t in pair.values())
+        for name, A, B in split(layer, pair, path):
+            own[name] = {"A": A.float(), "B": B.float()}
+            scale[name] = scale_of(layer, len(A), config)
+    return {"settings": SETTINGS | {"model": config.get("base_model_name_or_path")},
+            "adapter": {"layer": "LoRALinear", "base": None, "tensors": own, "scale": scale},
+            "base": None, "others": others, "parameters": size, "phase": "train", "step": None,
+            "history": {"loss": [], "valid": [], "beta": []}, "before": None, "after": None}
+
+
+def peft_config(path):
+    try:
+        config = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path}: not a config of peft ({e})") from None
+    kinds = [str(config.get("peft_type")), *[flag for flag in OTHERS.split() if config.get(flag)]]
+    start = str(config.get("init_lora_weights"))
+    if kinds != ["LORA"] or start.startswith(MOVES_W):
+        raise ValueError(f"{path}: not LoRA alone, but {' '.join(kinds)}, start {start}")
+    return config
+
+
+def split(layer, pair, path):
+    """(name, A, B) of each matrix that a layer's A and B are about: three in GPT-2's c_attn."""
+    found = IN_GPT2.fullmatch(layer)
+    names = [f"{found[1]}.{name}" for name in model.HF_NAMES[found[2]]] if found else [layer]
+    shapes = {side: tuple(t.shape) for side, t in pair.items()}
+    if len(pair) < 2 or any(len(shape) != 2 for shape in shapes.values()):
+        raise ValueError(f"{path}: {layer} should have two matrices A and B, not {shapes}")
+    A, B = pair["A"], pair["B"]
+    groups = len(A) / B.size(1)                         # 2 or 3 in a MergedLinear
+    names = names[::2] if groups == 2 else names
+    fits = len(names) == 1 or len(B) == len(names) * A.size(1)
+    if groups not in (1, len(names)) or not fits:
+        raise ValueError(f"{path}: A and B of {layer} do not fit each other, {shapes}")
+    As = [A] * len(names) if groups == 1 else A.chunk(len(names))
+    return zip(names, As, B.chunk(len(names)))
+
+
+def scale_of(layer, r, config):
+    """α/r, or α/√r; None where α is not known."""
+    alpha = config.get("lora_alpha")
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            alpha = value
+            break
+    return alpha and alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def for_model(saved, base):
+    """The adapter as `lora.load_state_dict` takes it for this base. Raises ValueError."""
+    if None in saved["adapter"]["scale"].values():
+        raise ValueError("its file does not say α: --alpha does")
+    if saved["others"]:
+        raise ValueError(f"it is more than A and B, it has {saved['others'][0]}")
+    parameters = dict(base.named_parameters())
+    for name, own in saved["adapter"]["tensors"].items():
+        W = parameters.get(f"{name}.weight", own["A"][0])
+        if W.shape != (len(own["B"]), own["A"].size(1)):
+            raise ValueError(f"its {name} does not fit the base, where it is {tuple(W.shape)}")
+    return lora.combine([saved["adapter"]]) | {"base": lora.fingerprint(base)}
