@@ -143,8 +143,10 @@ def numbers(W, U, S, V, r, scaled):
     """The measures of one ΔW, if `scaled` its size too; against W, if it is there, in its first r
     directions."""
     U, V = U[:, :r], V[:, :r]
-    found = {"S": S.tolist(), "top1": top_share(S), "effective_rank": effective_rank(S),
-             "stable_rank": stable_rank(S)}
+    found = {"S": S.tolist()}
+    found["top1"] = top_share(S)
+    found["effective_rank"] = effective_rank(S)
+    found["stable_rank"] = stable_rank(S)
     if scaled:
         found["delta"] = S.norm().item()
     if W is not None:
@@ -164,11 +166,15 @@ def record(c, name):
         raise ValueError(f"{c.path}: ΔW of {name} is 0 or not finite")
     c.svd[name] = svd(delta)
     null = gaussian_like(delta, f"{c.label} {name}")
-    found = {**c.id, "name": name, "layer": layer_of(name), "target": target_of(name)}
-    found |= {"r": r, "null": numbers(W, *null, r, c.scaled)}
+    found = {**c.id, "name": name, "r": r}
+    found["layer"] = layer_of(name)
+    found["target"] = target_of(name)
     if W is not None:
-        found |= {"W": W.norm().item(), "top_W": top_norm(W, r)}
-    return found | numbers(W, *c.svd[name], r, c.scaled)
+        found["W"] = W.norm().item()
+        found["top_W"] = top_norm(W, r)
+    found |= numbers(W, *c.svd[name], r, c.scaled)
+    found["null"] = numbers(W, *null, r, c.scaled)
+    return found
 
 
 def each(f, pairs):
@@ -191,8 +197,8 @@ def spectrum_study(checkpoints, records, out):
     for r in records:
         line = {**r, "panel": f"ΔW of {r['target']}"}
         line["x"] = np.arange(len(r["S"])) + 1
-        line["real"] = np.divide(r["S"], sum(r["S"]))
-        line["null"] = np.divide(r["null"]["S"], sum(r["null"]["S"]))
+        for side, S in (("real", r["S"]), ("null", r["null"]["S"])):
+            line[side] = np.divide(S, sum(S))
         lines.append(line)
     longest = max(map(len, column(lines, "x")))
     show.figure(out / "spectrum.png", "Singular values of ΔW: mean over layers and seeds, range",
@@ -222,8 +228,10 @@ def amplification_study(checkpoints, records, out):
                 lines.append({**c.id, "panel": f"ΔW of {target}", "x": column(own, "layer"),
                               "real": column(own, "amplification"),
                               "null": column(own, "null.amplification")})
+    layers = sorted(set(column(records, "layer")))
     show.figure(out / "amplification.png", "Amplification ‖ΔW‖ / ‖UᵀWV‖ in the directions of ΔW",
-                lines, xlabel="layer", ylabel="times", yscale="log")
+                lines, xlabel="layer", ylabel="times", yscale="log",
+                xticks=layers[::1 + len(layers) // 8])
     for name in dict.fromkeys(column(records, "checkpoint")):
         own, row = where(records, checkpoint=name), [name]
         for key in ("projection", "top_W", "null.projection", "delta", "W", "r"):
@@ -232,13 +240,17 @@ def amplification_study(checkpoints, records, out):
     show.table(["‖UᵀWV‖, U and V of", "ΔW", "W", "Gaussian", "‖ΔW‖", "‖W‖", "r"], rows, 8)
 
 
+def common(a, b):
+    return [name for name in a.delta if name in b.delta]
+
+
 def pairs(checkpoints):
     """{title: pairs with a matrix in common}; of other seeds if any, as one starts at related A."""
     found, apart = {}, {}
     names = [c.id["checkpoint"] for c in checkpoints]
     checkpoints = sorted(checkpoints, key=lambda c: names.index(c.id["checkpoint"]))
     for a, b in itertools.combinations(checkpoints, 2):
-        if a.delta.keys() & b.delta.keys():
+        if common(a, b):
             title = f"{a.id['checkpoint']} and {b.id['checkpoint']}"
             found.setdefault(title, []).append((a, b))
             if a.settings.seed != b.settings.seed:
@@ -248,7 +260,8 @@ def pairs(checkpoints):
 
 def similarities(a, b, name):
     """{"input": φ of two ΔW, "output": ..., "random": of random input directions, and output}"""
-    (U1, _, V1), (U2, _, V2) = a.svd[name], b.svd[name]
+    U1, _, V1 = a.svd[name]
+    U2, _, V2 = b.svd[name]
     phi = {"input": subspace_similarity(V1, V2), "output": subspace_similarity(U1, U2)}
     for key, (first, other) in (("random", (V1, V2)), ("random output", (U1, U2))):
         R1, _ = torch.linalg.qr(gaussian(first, f"{a.label} {name} {key} 1"))
@@ -262,7 +275,7 @@ def subspace_study(checkpoints, records, out):
     found, rows = [], []
     for title, members in pairs(checkpoints).items():
         for a, b in members:
-            for name in a.delta.keys() & b.delta.keys():
+            for name in common(a, b):
                 ends = {"pair": title, "a": a.label, "b": b.label, "name": name}
                 for side, phi in similarities(a, b, name).items():
                     ends[side] = [phi[0, 0].item(), phi[-1, -1].item()]
@@ -279,9 +292,9 @@ def subspace_study(checkpoints, records, out):
 
 def draw_pair(a, b, out):
     """φ(i, j) in the middle layer, of q and v or two others, of 64 directions and the first 8."""
-    common = [name for name in a.delta if name in b.delta]
-    layer = layer_of(common[len(common) // 2])
-    here = [name for name in common if layer_of(name) == layer]
+    names = common(a, b)
+    layer = layer_of(names[len(names) // 2])
+    here = [name for name in names if layer_of(name) == layer]
     shown = some(here) or here[:2]
     panels = []
     for side in ("input", "output", "random"):
@@ -309,7 +322,8 @@ def against_W(of_one, x, checkpoints):
         matrices += [(c, name) for name in names]
 
     def line(c, name):
-        W, null = c.W[name], gaussian_like(c.delta[name], f"{c.label} {name}")
+        W = c.W[name]
+        null = gaussian_like(c.delta[name], f"{c.label} {name}")
         found = {**c.id, "panel": "mean over matrices", "name": name, "x": x}
         found["real"] = of_one(W, svd_of(W), c.svd[name])
         return {**found, "null": of_one(W, svd_of(W), null)}
@@ -358,7 +372,8 @@ def ranks_study(checkpoints, records, out):
             kept = above_threshold(a[-1]).sum(-1)                       # (matrices,)
             ranks = dict(zip(c.adapter["tensors"], kept.tolist()))
             show.search(out / f"ranks-{c.label}.png", f"Ranks, {c.label}", ranks, steps, a)
-            found.append({**c.id, "ranks": ranks, "steps": steps, "largest": a.amax(-1).tolist()})
+            search = {"ranks": ranks, "steps": steps, "largest": a.amax(-1).tolist()}
+            found.append(c.id | search)
     return found
 
 
@@ -379,6 +394,21 @@ def missing(checkpoints):
     if not any(c.scaled for c in checkpoints):
         lacks |= dict.fromkeys(["amplification", "intruders"], "the size of ΔW, so α (--alpha)")
     return lacks
+
+
+def say_left_out(checkpoints, lacks):
+    """Of other people's adapters, what is not studied, and why."""
+    for flag in ("--alpha", "--base"):
+        studies = [study for study, what in lacks.items() if flag in what]
+        if studies:
+            print(f"left out  {', '.join(studies)}: needs {lacks[studies[0]]}")
+    unknown = {}
+    for c in checkpoints:
+        unknown |= dict.fromkeys(target_of(name) for name in c.delta if name not in c.W)
+        for name in vars(c).get("others", [])[:1]:
+            print(f"left out  {len(c.others)} tensors of {c.label}, such as {name}")
+    if checkpoints[0].W and unknown:
+        print(f"left out  where W is needed: {' '.join(unknown)}, of which the base has no W")
 
 
 def parse(argv=None):
@@ -410,7 +440,7 @@ def main(argv=None):
         for study in args.study or []:
             if study in lacks:
                 raise ValueError(f"--study {study} needs {lacks[study]}")
-        changes.say_left_out(checkpoints, {} if args.study else lacks)
+        say_left_out(checkpoints, {} if args.study else lacks)
         records = each(record, [(c, name) for c in checkpoints for name in c.delta])
         out = args.out or checkpoints[0].path.parent / f"{checkpoints[0].label}-analysis"
         out.mkdir(parents=True, exist_ok=True)
@@ -421,8 +451,8 @@ def main(argv=None):
         show.curves(checkpoints, out / "curves.png")
         found = {"records": records, "checkpoints": []}
         for c in checkpoints:
-            found["checkpoints"].append({**c.id, "parameters": c.parameters, "results": c.after,
-                                         "settings": vars(c.settings)})
+            about = {"parameters": c.parameters, "results": c.after, "settings": vars(c.settings)}
+            found["checkpoints"].append(c.id | about)
         for study in args.study or [study for study in STUDIES if study not in lacks]:
             found[study] = STUDIES[study](checkpoints, records, out)
         (out / "analysis.json").write_text(json.dumps(found))

@@ -7,7 +7,7 @@ the picture of the LoRA authors' GPT-2 medium:
 import json
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import matplotlib
 
@@ -17,19 +17,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MEDIUM, ROBERTA = "gpt2_md_lora_e2e", "roberta_base_lora_mnli"
-NAMES = {MEDIUM: "GPT-2 medium on E2E, the LoRA authors'", ROBERTA: "RoBERTa base on MNLI, theirs",
+GPT2 = ("gpt2-great", "gpt2-tigrinya", "gpt2-chat")
+NAMES = {MEDIUM: "GPT-2 medium on E2E, by LoRA's authors",
+         ROBERTA: "RoBERTa base on MNLI, by them too",
          "gpt2-great": "GPT-2, rows of a table", "gpt2-tigrinya": "GPT-2, Tigrinya",
-         "gpt2-chat": "GPT-2, a demo's chat"}
+         "gpt2-chat": "GPT-2, a demo"}
+SHORT = {MEDIUM: "GPT-2 medium", ROBERTA: "RoBERTa", "gpt2-great": "table rows",
+         "gpt2-tigrinya": "Tigrinya", "gpt2-chat": "demo"}
+MEASURES = (("top1", 2), ("effective_rank", 1), ("projection", 2), ("amplification", 1))
 
 
-def records():
-    found = []
-    for name in ("medium", "roberta", "gpt2"):
-        found += read_csv(f"adapters_{name}.csv")
-    return found
-
-
-RECORDS = records()
+RECORDS = []
+for name in ("medium", "roberta", "gpt2"):
+    RECORDS += read_csv(f"adapters_{name}.csv")
+PAIRS = read_csv("adapters_gpt2_pairs.csv")
 
 
 def cell(rows, key, digits=2):
@@ -38,29 +39,68 @@ def cell(rows, key, digits=2):
     return spread(values, digits) if values else ""
 
 
-def table():
-    """[head, *lines] for tables.py: a line for each adapter and target."""
-    lines = []
+def lines():
+    """For each adapter and target: its measures, each beside its Gaussian's."""
+    found = []
     for name, label in NAMES.items():
-        for target in dict.fromkeys(row["target"] for row in where(RECORDS, checkpoint=name)):
-            rows = where(RECORDS, checkpoint=name, target=target)
-            line = [label, target, len(rows), rows[0]["r"]]
-            for key, digits in (("top1", 2), ("effective_rank", 1), ("projection", 2),
-                                ("amplification", 1)):
-                line += [cell(rows, key, digits), cell(rows, f"null.{key}", digits)]
-            lines.append(line)
+        own = where(RECORDS, checkpoint=name)
+        for target in dict.fromkeys(row["target"] for row in own):
+            rows = where(own, target=target)
+            line = [label, target, rows[0]["r"]]
+            for key, digits in MEASURES:
+                line.append(cell(rows, key, digits))
+                line.append(cell(rows, f"null.{key}", digits))
+            found.append(line)
             label = ""
-    return lines
+    return found
 
 
-def difference(name, one, other, key="effective_rank"):
-    """Of two targets layer by layer: mean with its 95 % interval (normal), on how many layers."""
-    gaps = []
-    for row in where(RECORDS, checkpoint=name, target=one):
-        partner, = where(RECORDS, checkpoint=name, target=other, layer=row["layer"])
-        gaps.append(row[key] - partner[key])
-    above = sum(gap > 0 for gap in gaps)
-    return f"{mean(gaps):+.2f} ± {stdev(gaps):.2f}, on {above} of {len(gaps)} layers"
+def beside(key, digits, names=NAMES):
+    """Of each adapter the mean of a measure, and its Gaussian's: "GPT-2 medium 0.35 (0.26)"."""
+    texts = []
+    for name in names:
+        rows = where(RECORDS, checkpoint=name)
+        real = mean(row[key] for row in rows if key in row)
+        null = mean(row[f"null.{key}"] for row in rows if key in row)
+        texts.append(f"{SHORT[name]} {real:.{digits}f} ({null:.{digits}f})")
+    return "; ".join(texts)
+
+
+def rank_of_q_over_v():
+    """Effective rank of ΔW_q less that of ΔW_v, layer by layer."""
+    texts = []
+    for name in (MEDIUM, ROBERTA, *GPT2):
+        q, v = ("query", "value") if name == ROBERTA else ("q", "v")
+        gaps = []
+        for row in where(RECORDS, checkpoint=name, target=q):
+            other, = where(RECORDS, checkpoint=name, target=v, layer=row["layer"])
+            gaps.append(row["effective_rank"] - other["effective_rank"])
+        higher = sum(gap > 0 for gap in gaps)
+        texts.append(f"{SHORT[name]} {mean(gaps):+.2f} (higher in {higher} of {len(gaps)} layers)")
+    return "; ".join(texts)
+
+
+def shared(side):
+    """φ of all directions of every two of the three, beside that of random ones."""
+    real, null = ([row[f"{of}.all"] for row in PAIRS] for of in (side, "random"))
+    return f"{mean(real):.3f} ({mean(null):.3f})"
+
+
+def of_claim(claim):
+    """What these adapters say of one of claims.py; "" where they say nothing."""
+    if claim.startswith("r = 1 or 2"):
+        return (f"effective rank: {beside('effective_rank', 1)}. Does not hold: of four directions "
+                "all are used, of eight four or more")
+    if claim.startswith("ΔW_q amplifies"):
+        return (f"‖UᵀWV‖: {beside('projection', 2, GPT2)}; amplification: "
+                f"{beside('amplification', 1, GPT2)}. Weaker: ΔW has a little more of W than a "
+                "random one, and amplifies less")
+    if claim.startswith("ΔW_q has a higher rank"):
+        return f"{rank_of_q_over_v()}. Undecided: they differ"
+    if claim.startswith("LoRA's ΔW is dominated"):
+        return (f"σ₁ / Σσ: {beside('top1', 2)}. Holds, but little in GPT-2 medium, where all is "
+                "above chance")
+    return ""
 
 
 def picture(folder, path):
@@ -76,10 +116,11 @@ def picture(folder, path):
             null = [r["null"]["S"][i] / sum(r["null"]["S"]) for r in rows]
             ax.plot(layers, share, "o-", markersize=3, color=blue(0.95 - 0.2 * i),
                     label=f"σ{'₁₂₃₄'[i]}")
-            ax.plot(layers, null, ":", color="#999999", label="Gaussians" if i == 0 else None)
-        ax.set(title=f"ΔW of {target}", xlabel="layer", ylim=(0, None))
+            ax.plot(layers, null, ":", color="#999999")
+        ax.plot([], [], ":", color="#999999", label="Gaussians")
+        ax.set(title=f"ΔW of {target}", xlabel="layer", ylim=(0, 0.6))
     axes[0].set_ylabel("σᵢ / Σσ")
-    axes[1].legend(frameon=False, fontsize=8, ncols=5)
+    axes[1].legend(frameon=False, fontsize=8, ncols=5, loc="lower center")
     fig.suptitle("The LoRA authors' GPT-2 medium on E2E, r = 4", fontsize=11)
     fig.savefig(path, dpi=150)
 

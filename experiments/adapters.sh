@@ -22,4 +22,3 @@ python experiments/adapters.py $DIR/adapters_medium experiments/figures/adapters
 for figure in amplification directions intruders histogram; do
     cp $DIR/adapters_gpt2/$figure.png experiments/figures/adapters-$figure.png
 done
-python experiments/tables.py

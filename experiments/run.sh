@@ -1,4 +1,4 @@
-# Sourced by the other scripts, which set DIR.
+# Sourced by the other scripts, which set DIR, and TRAIN and ANALYZE where those are other commands.
 #
 #     run NAME flags ...        makes $DIR/NAME.pt with train.py $FLAGS, in the background, unless an
 #                               earlier call did
@@ -33,7 +33,7 @@ run() {
 }
 
 train() {
-    python train.py "${@:2}" >>"$DIR/$1.log" 2>&1 &
+    ${TRAIN:-python train.py} "${@:2}" >>"$DIR/$1.log" 2>&1 &
     trap "kill $!" TERM
     wait $!
     touch "$DIR/$1.done"
@@ -51,6 +51,6 @@ finish() {
 }
 
 report() {
-    python analyze.py "${@:2}" --out "$DIR/$1" | grep -v "^figures and" | tee "$RESULTS/$1.txt"
+    ${ANALYZE:-python analyze.py} "${@:2}" --out "$DIR/$1" | grep -v "^figures and" | tee "$RESULTS/$1.txt"
     python experiments/flatten.py "$DIR/$1" "$RESULTS/$1"
 }

@@ -8,6 +8,7 @@ import re
 from functools import partial
 from statistics import mean
 
+import adapters
 from claims import claims
 from results import (BENCH, E2E, EXACT, LOSS, NANO, PLANTED_RANKS, RESULTS, ROOT, ahead, over_seeds,
                      planted_ranks, quartiles, read_csv, read_json, seeds, spread)
@@ -25,7 +26,13 @@ def table(head, lines):
 
 
 def all_claims():
-    return table(("method", "claim", "here", "control", "verdict", "made by"), claims())
+    return table(("method", "claim", "here", "control", "verdict",
+                  "adapters that others trained (Gaussians)", "made by"), claims())
+
+
+def others():
+    return table(("adapter", "ΔW of", "r", "σ₁ / Σσ", "Gaussian", "effective rank", "Gaussian",
+                  "‖UᵀWV‖", "Gaussian", "amplification", "Gaussian"), adapters.lines())
 
 
 # Exact match of nano -----------------------------------------------------------------------------
@@ -206,7 +213,7 @@ def indented(text):
 
 BLOCKS = {f.__name__: f for f in (methods, learning_rates, ranks, targets, blocks, single,
                                   found_ranks, planted, intruders, real_text, four_tasks, steps,
-                                  latency, generation)}
+                                  latency, generation, others)}
 BLOCKS["claims"] = all_claims
 for name in ("nano_methods", "nano_subspaces", "last_screen"):
     BLOCKS[name] = partial(printed, name)

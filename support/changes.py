@@ -96,18 +96,3 @@ def choose(c, flag, wanted, part):
     for name in list(c.delta):
         if part(name) not in (wanted or there):
             del c.delta[name]
-
-
-def say_left_out(checkpoints, lacks):
-    """Of other people's adapters, what is not studied, and why."""
-    for flag in ("--alpha", "--base"):
-        studies = [study for study, what in lacks.items() if flag in what]
-        if studies:
-            print(f"left out  {', '.join(studies)}: needs {lacks[studies[0]]}")
-    unknown = {}
-    for c in checkpoints:
-        unknown |= dict.fromkeys(target_of(name) for name in c.delta if name not in c.W)
-        for name in vars(c).get("others", [])[:1]:
-            print(f"left out  {len(c.others)} tensors of {c.label}, such as {name}")
-    if checkpoints[0].W and unknown:
-        print(f"left out  where W is needed: {' '.join(unknown)}, of which the base has no W")

@@ -132,8 +132,6 @@ def windows(path, tok, T):
 def load(names, tok, block_size, eval_rows=200):
     """A Task for every name, built-in or as in FORMS, without rows too long for the block (its note
     says so), with `eval_rows` of the held-out rows, evenly spread. ValueError or OSError."""
-    if not names:
-        raise ValueError(f"--data says which tasks: {FORMS}")
     tasks = {}
     for name in [n for given in names for n in GROUPS.get(given, [given])]:
         path = Path(name)

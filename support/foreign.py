@@ -17,7 +17,7 @@ KEY = re.compile(r"(?:base_model\.model\.|module\.)?(.+)\.lora_([AB])(\.weight)?
 IN_GPT2 = re.compile(rf"(?:transformer\.)?(h\.\d+)\.({'|'.join(model.HF_NAMES)})")
 OTHERS = "use_dora use_qalora use_bdlora kasa_config lora_bias layer_replication target_parameters"
 MOVES_W = "pissa", "olora", "corda", "loftq", "lora_ga"     # starts that change the base as well
-SETTINGS = {"method": "lora", "scratch": False, "seed": None, "data": None, "dtype": "fp32",
+SETTINGS = {"method": "lora", "scratch": False, "seed": None, "data": ["(not given)"], "dtype": "fp32",
             "eval_rows": 200, "batch_size": 8, "block_size": 1024}
 
 
@@ -78,19 +78,22 @@ def peft_config(path):
 
 def split(layer, pair, path):
     """(name, A, B) of each matrix that a layer's A and B are about: three in GPT-2's c_attn."""
-    found = IN_GPT2.fullmatch(layer)
-    names = [f"{found[1]}.{name}" for name in model.HF_NAMES[found[2]]] if found else [layer]
+    found, names = IN_GPT2.fullmatch(layer), [layer]
+    if found:
+        names = [f"{found[1]}.{name}" for name in model.HF_NAMES[found[2]]]
     shapes = {side: tuple(t.shape) for side, t in pair.items()}
     if len(pair) < 2 or any(len(shape) != 2 for shape in shapes.values()):
         raise ValueError(f"{path}: {layer} should have two matrices A and B, not {shapes}")
     A, B = pair["A"], pair["B"]
     groups = len(A) / B.size(1)                         # 2 or 3 in a MergedLinear
-    names = names[::2] if groups == 2 else names
-    fits = len(names) == 1 or len(B) == len(names) * A.size(1)
-    if groups not in (1, len(names)) or not fits:
+    if groups == 2:
+        names = names[::2]                              # q and v
+    n = len(names)
+    if groups not in (1, n) or n > 1 and len(B) != n * A.size(1):
         raise ValueError(f"{path}: A and B of {layer} do not fit each other, {shapes}")
-    As = [A] * len(names) if groups == 1 else A.chunk(len(names))
-    return zip(names, As, B.chunk(len(names)))
+    if groups == 1:
+        return zip(names, [A] * n, B.chunk(n))
+    return zip(names, A.chunk(n), B.chunk(n))
 
 
 def scale_of(layer, r, config):
@@ -100,7 +103,9 @@ def scale_of(layer, r, config):
         if re.match(rf"(.*\.)?({pattern})$", layer):
             alpha = value
             break
-    return alpha and alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    if config.get("use_rslora"):
+        r = math.sqrt(r)
+    return None if alpha is None else alpha / r
 
 
 def for_model(saved, base):
@@ -109,9 +114,4 @@ def for_model(saved, base):
         raise ValueError("its file does not say α: --alpha does")
     if saved["others"]:
         raise ValueError(f"it is more than A and B, it has {saved['others'][0]}")
-    parameters = dict(base.named_parameters())
-    for name, own in saved["adapter"]["tensors"].items():
-        W = parameters.get(f"{name}.weight", own["A"][0])
-        if W.shape != (len(own["B"]), own["A"].size(1)):
-            raise ValueError(f"its {name} does not fit the base, where it is {tuple(W.shape)}")
     return lora.combine([saved["adapter"]]) | {"base": lora.fingerprint(base)}

@@ -201,7 +201,8 @@ def spoilt(folder):
     ("half", "c_fc should have two matrices"), ("cube", "c_fc should have two matrices"),
     ("misfit", "do not fit each other"), ("wide --base base.pt", "h.0.mlp.up is .*one base"),
     ("wide theirs", "h.0.mlp.up is .*one base"), ("cut_config", "not a config of peft"),
-    ("no_config", "adapter_config.json"), ("cut", "not a whole"), ("cut.safetensors", "not a whole"),
+    ("no_config", "adapter_config.json"), ("cut", "not a whole"),
+    ("cut.safetensors", "not a whole"),
     ("dora", "use_dora"), ("loha", "LOHA"), ("pissa", "pissa"), ("empty", "adapter_model"),
     ("one.pt", "do not fit each other"), ("nothing.pt", "nor an adapter"), ("gone", "gone"),
     ("theirs --study directions", "--base"), ("loralib.pt --study intruders", "--"),
@@ -218,7 +219,7 @@ def test_errors_are_one_line(folder, argv, message, capsys):
 @pytest.mark.parametrize("argv, message", [
     ("loralib.pt --alpha 12 --prompt a", "--base"), ("theirs", "--data"),
     ("loralib.pt --base base.pt --prompt a", "--alpha"), ("more --prompt a", "classifier.weight"),
-    ("wide --prompt a", "h.0.mlp.up does not"), ("theirs --base nano --prompt a", "does not fit"),
+    ("wide --prompt a", "h.0.mlp.up should"), ("theirs --base nano --prompt a", "should have"),
 ])
 def test_evaluate_refuses_what_is_not_whole(folder, argv, message, capsys):
     spoilt(folder)

@@ -95,7 +95,7 @@ def test_peft_outputs_gradients_and_merge():
         close(mine.base.weight, other.base_layer.weight)
 
 
-# Adapters that they wrote --------------------------------------------------------------------------
+# Adapters that they wrote -------------------------------------------------------------------------
 SETTINGS = {"plain": {}, "root": {"use_rslora": True}, "bin": {},
             "patterns": {"rank_pattern": {"c_fc": 2, "h.1.attn.c_attn": 5},
                          "alpha_pattern": {"attn.c_proj": 3, r"h\.0\.mlp\.c_proj": 7}}}
@@ -134,8 +134,10 @@ def test_peft_adapters_of_other_models(tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
              "intermediate_size": 48, "vocab_size": 99}
-    for kind, targets in (("Llama", ["q_proj", "v_proj", "down_proj"]), ("Bert", ["query", "value"])):
-        model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**small))
+    both = {"Llama": ["q_proj", "v_proj", "down_proj"], "Bert": ["query", "value"]}
+    for kind, targets in both.items():
+        sizes = getattr(transformers, f"{kind}Config")(**small)
+        model = getattr(transformers, f"{kind}Model")(sizes)
         config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
         model = peft.get_peft_model(model, config)
         model.save_pretrained(tmp_path / kind)

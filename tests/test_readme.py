@@ -1,4 +1,4 @@
-"""The README: its commands are spelled right, the main ones run, so does its Python; its links hold."""
+"""The README: its commands are spelled right, the main ones and its Python run; its links hold."""
 import importlib
 import re
 import shlex
