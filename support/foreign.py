@@ -17,8 +17,8 @@ KEY = re.compile(r"(?:base_model\.model\.|module\.)?(.+)\.lora_([AB])(\.weight)?
 IN_GPT2 = re.compile(rf"(?:transformer\.)?(h\.\d+)\.({'|'.join(model.HF_NAMES)})")
 OTHERS = "use_dora use_qalora use_bdlora kasa_config lora_bias layer_replication target_parameters"
 MOVES_W = "pissa", "olora", "corda", "loftq", "lora_ga"     # starts that change the base as well
-SETTINGS = {"method": "lora", "scratch": False, "seed": None, "data": ["(not given)"], "dtype": "fp32",
-            "eval_rows": 200, "batch_size": 8, "block_size": 1024}
+SETTINGS = {"method": "lora", "scratch": False, "seed": None, "data": ["(not given)"],
+            "dtype": "fp32", "eval_rows": 200, "batch_size": 8, "block_size": 1024}
 
 
 def read(path):
