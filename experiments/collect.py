@@ -34,14 +34,11 @@ def row_of(name, saved, settings):
     for setting in f"{COMMON} {OWN[settings.method]}".split():
         row[setting] = getattr(settings, setting)
     row["data"] = [Path(task).name for task in settings.data]
+    row["parameters"] = saved["parameters"]
     if "adapter" in saved:
-        layers = [own.values() for own in saved["adapter"]["tensors"].values()]
         ranks = [len(own["A"]) for own in saved["adapter"]["tensors"].values()]
-    else:
-        layers, ranks = [saved["model"].values()], [0]
-    row["parameters"] = sum(tensor.numel() for own in layers for tensor in own)
-    if min(ranks) < max(ranks):
-        row["ranks"] = ranks
+        if min(ranks) < max(ranks):
+            row["ranks"] = ranks
     if settings.ranks:
         del row["rank"]
     return row | results(saved["before"], saved["after"])
@@ -60,6 +57,18 @@ def results(before, after):
     row = means
     for columns in tasks.values():
         row |= columns
+    return row
+
+
+def scores(path):
+    """What score.py found of a checkpoint, and of its base."""
+    row = {}
+    for when in ("score", "untrained"):
+        file = path.with_name(f"{path.stem}-{when}.json")
+        if file.exists():
+            found = json.loads(file.read_text())
+            for measure in ("valid_loss", "bleu", "slots", "text_loss"):
+                row[f"{when}.{measure}"] = found.get(measure)
     return row
 
 
@@ -95,7 +104,7 @@ def main(argv=None):
     for path in sorted(args.folder.glob("*.pt")):
         saved, settings = checkpoint.open_run(path)
         if saved["after"] is not None:
-            rows.append(row_of(path.stem, saved, settings))
+            rows.append(row_of(path.stem, saved, settings) | scores(path))
             samples[path.stem] = saved["samples"]
     write(rows, args.csv, FIRST)
     if args.samples:

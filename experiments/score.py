@@ -3,9 +3,9 @@ What a run's texts for E2E's meaning representations are worth, and what the run
 
     python experiments/score.py out/a.pt --data data/e2e [--text novels.txt]
 
-BLEU (sacrebleu), of one text for each of 200 distinct meaning representations of test.jsonl against
-all its references; the share of the slots' values that the text names, word for word; and the loss
-on held-out windows of a plain text. Texts are greedy; the LoRA paper's are by beam search. Into
+The loss on 400 held-out rows; BLEU (sacrebleu), of one text for each of 200 distinct meaning
+representations of test.jsonl against all its references; the share of the slots' values that the
+text names, word for word; and the loss on held-out windows of a plain text. Texts are greedy; the LoRA paper's are by beam search. Into
 out/a-score.json; --untrained scores the base alone, into out/a-untrained.json.
 """
 import argparse
@@ -85,7 +85,8 @@ def measure(args):
     tok = data.tokenizer(model.config.vocab_size)
     if not args.untrained:
         checkpoint.restore(saved, model)
-    found = {}
+    task, = data.load([str(args.data)], tok, settings.block_size, 400)
+    found = {"valid_loss": evaluate(model, [task], tok, settings, device)[task.name]["loss"]}
     if args.text:
         task, = data.load([args.text], tok, WINDOW)
         found["text_loss"] = evaluate(model, [task], tok, settings, device)[task.name]["loss"]
@@ -96,8 +97,8 @@ def measure(args):
     end = "untrained" if args.untrained else "score"
     out = args.checkpoint.with_name(f"{args.checkpoint.stem}-{end}.json")
     out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    print(f"{out}: BLEU {found['bleu']:.1f}, {100 * found['slots']:.1f} % of values named, "
-          f"loss on the text {found.get('text_loss', float('nan')):.3f}")
+    print(f"{out}: loss {found['valid_loss']:.3f}, BLEU {found['bleu']:.1f}, "
+          f"{100 * found['slots']:.1f} % of values named")
 
 
 if __name__ == "__main__":

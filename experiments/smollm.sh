@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# The three papers on a language model and real text: SmolLM2-135M on E2E, and on five tasks.
+#
+#     experiments/smollm.sh [--quick] [FOLDER]    # five hours on two cores, two runs at a time; goes
+#                                                 # on where it stopped; --quick: all of it in small
+#
+# FOLDER (../shared if not said) has data/{e2e,cola,wic,rte,copa}/*.jsonl and text/novels.txt.xz.
+# Needs transformers, gguf, sacrebleu and the wheel that smollm.py names.
+cd "$(dirname "$0")/.."
+DIR=out/smollm JOBS=2 TEXTS=200
+COMMON="--batch_size 8 --eval_rows 16 --eval_every 50 --dtype bf16"
+STEPS="--steps 150" SHORT="--steps 60 --eval_rows 32" SEARCH="--search_steps 50" MIXED=100
+if [ "${1:-}" = --quick ]; then
+    shift
+    DIR=out/smollm-quick RESULTS=out/smollm-quick TEXTS=2
+    COMMON="--batch_size 5 --eval_rows 2 --dtype bf16"
+    STEPS="--steps 1" SHORT="--steps 1" SEARCH="--search_steps 1" MIXED=2
+fi
+SMOLLM="python experiments/smollm.py"
+TRAIN="$SMOLLM train" ANALYZE="$SMOLLM analyze"
+source experiments/run.sh
+SHARED=${1:-../shared}
+E2E=$SHARED/data/e2e NOVELS=$DIR/novels.txt
+LORA="--lr 1e-3" MULTI="--method multilora --lr 4e-3" FULL="--method full --lr 1e-4"    # by the sweep
+AUTO="--method autolora $SEARCH --lr 1e-3"
+$SMOLLM check $E2E
+[ -f $NOVELS ] || xz -dc "$SHARED/text/novels.txt.xz" | tail -c 4000000 > $NOVELS
+
+score() {                                   # as `run`, for score.py
+    if [ ! -f $DIR/$1-score.json ]; then
+        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
+        echo "$(date +%T) scores of $1"
+        $SMOLLM score $DIR/$1.pt --data $E2E --text $NOVELS --prompts $TEXTS "${@:2}" \
+            >>$DIR/$1.log 2>&1 &
+    fi
+}
+
+FLAGS="$COMMON $SHORT --data $E2E"          # learning rates
+for lr in 5e-4 1e-3 2e-3 4e-3; do run sweep-lora-lr$lr --lr $lr; done
+for lr in 1e-3 2e-3 4e-3 8e-3; do run sweep-multilora-lr$lr --method multilora --lr $lr; done
+for lr in 5e-5 1e-4 2e-4; do run sweep-full-lr$lr --method full --lr $lr; done
+for lr in 5e-4 1e-3 2e-3; do run sweep-autolora-lr$lr $AUTO --lr $lr; done
+finish
+FLAGS="$COMMON $STEPS --data $E2E"          # the methods, rank 16 on all seven
+for seed in 0 1 2; do
+    run lora-seed$seed $LORA --seed $seed
+    run multilora-seed$seed $MULTI --seed $seed
+    run full-seed$seed $FULL --seed $seed
+    run autolora-seed$seed $AUTO --seed $seed
+done
+finish
+for seed in 0 1 2; do                       # BLEU, and what was forgotten
+    for method in lora multilora full autolora; do score $method-seed$seed; done
+done
+for seed in 0 1; do                         # LoRA's rank; attention or MLP, of as many parameters
+    for rank in 1 4 16 64; do
+        run lora-qv-r$rank-seed$seed $LORA --targets q_proj v_proj --rank $rank --seed $seed
+    done
+    run lora-all-r1-seed$seed $LORA --rank 1 --seed $seed
+    run lora-attention-seed$seed $LORA --targets {q,k,v,o}_proj --rank 33 --seed $seed
+    run lora-mlp-seed$seed $LORA --targets {gate,up,down}_proj --rank 20 --seed $seed
+done
+FIVE=$(echo $SHARED/data/{e2e,cola,wic,rte,copa})
+FLAGS="$COMMON $STEPS --batch_size 10 --eval_rows $MIXED --data $FIVE"
+for seed in 0 1 2; do                       # a mixture
+    run lora-mixture-seed$seed $LORA --seed $seed
+    run multilora-mixture-seed$seed $MULTI --seed $seed
+done
+finish
+$SMOLLM score $DIR/lora-seed0.pt --untrained --data $E2E --text $NOVELS --prompts $TEXTS
+python experiments/collect.py $DIR $RESULTS/smollm_runs.csv --samples $RESULTS/smollm_samples.json
+
+report smollm_methods $DIR/{full,lora,multilora,autolora}-seed?.pt \
+    --study spectrum amplification directions intruders ranks
+report smollm_subspaces $DIR/lora-qv-r4-seed?.pt $DIR/lora-qv-r64-seed?.pt \
+    --study amplification subspace directions
