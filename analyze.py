@@ -296,13 +296,16 @@ def draw_pair(a, b, out):
     layer = layer_of(names[len(names) // 2])
     here = [name for name in names if layer_of(name) == layer]
     shown = some(here) or here[:2]
-    panels = []
+    panels, sizes = [], [64, 8]
+    if max(len(c.svd[shown[0]][1]) for c in (a, b)) <= 8:
+        sizes = [8]
     for side in ("input", "output", "random"):
-        for most, name in itertools.product((64, 8), shown):
+        for most, name in itertools.product(sizes, shown):
             phi = similarities(a, b, name)[side]
             panels.append((f"{target_of(name)}, {side}", phi[:most, :most]))
     title = f"φ(i, j) of ΔW: {a.label} (i) and {b.label} (j), layer {layer}"
-    show.maps(out / f"subspace-{a.label}-{b.label}.png", title, panels, columns=2 * len(shown))
+    show.maps(out / f"subspace-{a.label}-{b.label}.png", title, panels,
+              columns=len(sizes) * len(shown))
 
 
 def some(names):

@@ -30,7 +30,6 @@ MEASURES = (("top1", 2), ("effective_rank", 1), ("projection", 2), ("amplificati
 RECORDS = []
 for name in ("medium", "roberta", "gpt2"):
     RECORDS += read_csv(f"adapters_{name}.csv")
-PAIRS = read_csv("adapters_gpt2_pairs.csv")
 
 
 def cell(rows, key, digits=2):
@@ -78,12 +77,6 @@ def rank_of_q_over_v():
         higher = sum(gap > 0 for gap in gaps)
         texts.append(f"{SHORT[name]} {mean(gaps):+.2f} (higher in {higher} of {len(gaps)} layers)")
     return "; ".join(texts)
-
-
-def shared(side):
-    """φ of all directions of every two of the three, beside that of random ones."""
-    real, null = ([row[f"{of}.all"] for row in PAIRS] for of in (side, "random"))
-    return f"{mean(real):.3f} ({mean(null):.3f})"
 
 
 def of_claim(claim):

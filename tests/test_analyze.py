@@ -4,6 +4,7 @@ import json
 import math
 import re
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
@@ -17,6 +18,7 @@ from analyze import (effective_rank, gaussian_like, intruders, stable_rank, subs
                      svd, top_share)
 from conftest import close, random_gpt
 from model import GPT, GPTConfig, read
+from support import show
 from support.show import column, where
 from test_train import killed_after, write_rows
 
@@ -81,6 +83,8 @@ SPOILT = {
     "scratch": ("full", lambda saved: saved["settings"].update(scratch=True)),
     "moved": ("wide", lambda saved: saved["settings"].update(model="away.pt")),
     "lora-seed2": ("wide", lambda saved: saved["settings"].update(seed=2)),
+    "lora-seed3": ("lora-seed1", lambda saved: (saved["settings"].update(seed=3),
+                                                saved.update(step=3))),
     "zero": ("v", lambda saved: saved["adapter"]["tensors"]["h.1.attn.v"]["B"].zero_()),
     "nan": ("v", lambda saved: saved["adapter"]["tensors"]["h.1.attn.v"]["B"].fill_(math.nan)),
 }
@@ -246,8 +250,48 @@ def test_without_flags_all_is_done_that_applies_and_no_figure_of_a_run_before_st
     assert json.loads((folder / "analysis.json").read_text()) == json.loads(json.dumps(found))
     for f in folder.glob("*.png"):
         assert matplotlib.image.imread(f).std() > 0.03, f
+    (folder / "mine.png").write_bytes(b"")
     run(made, ["same", "v"], "--study", "amplification")
-    assert {f.stem for f in folder.glob("*.png")} == {"curves", "amplification"}
+    assert {f.stem for f in folder.glob("*.png")} == {"curves", "amplification", "mine"}
+
+
+def test_a_histogram_counts_all_values_in_the_middle_of_its_bins(made):
+    found, figures = run(made, ["full"], "--study", "spectrum")
+    line, width = figures["histogram"].axes[1].get_lines()[0], 4 / 30
+    shares = [s / sum(record["S"]) for record in found["records"] for s in record["S"]]
+    small = mean(s < 10 ** (-4 + width) for s in shares)                # those below 10⁻⁴, too
+    assert min(shares) < 1e-4 and line.get_ydata()[0] * width == pytest.approx(small)
+    assert line.get_xdata() == pytest.approx([-4 + width * (i + 0.5) for i in range(30)])
+
+
+def test_the_null_of_outputs_has_as_many_dimensions_as_they(made):
+    found, _ = run(made, ["lora-seed0", "lora-seed1"], "--study", "subspace", "--targets", "up")
+    for record in found["subspace"]:            # r / d of random directions: 4 / 72 and 4 / 288
+        assert record["random"][1] > 2 * record["random output"][1] > 0
+
+
+def test_runs_are_paired_by_name_in_any_order_and_text_has_no_exact_match(capsys):
+    def fake(name, after):
+        own = {"checkpoint": name, "seed": None, "method": "lora"}
+        return SimpleNamespace(id=own, delta={"h.0.q": 0}, settings=SimpleNamespace(seed=len(made)),
+                               parameters=1, after=after)
+
+    made = []
+    for name in "abab":
+        made.append(fake(name, {"text": {"loss": 3.0}, "rows": {"loss": 1.0, "exact": 0.25}}))
+    assert {title: len(two) for title, two in analyze.pairs(made).items()} == {
+        "a and a": 1, "a and b": 4, "b and b": 1}
+    show.summary(made[:1], [{**made[0].id, "top1": 1.0}])
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["a", "2.000", "0.250"]
+
+
+@pytest.mark.parametrize("chosen, n", [(False, 4), (True, 9)])
+def test_in_a_large_model_some_w_are_decomposed_or_all_that_were_chosen(chosen, n):
+    names = [f"h.{i}.attn.{t}" for i in range(3) for t in "qkv"]
+    delta = {name: (torch.ones(300, 1), torch.ones(1, 300)) for name in names}
+    c = SimpleNamespace(delta=delta, W={name: torch.eye(300) for name in names}, id={}, label="a",
+                        svd=dict.fromkeys(names), chosen=chosen)
+    assert len(analyze.against_W(lambda *_: [0.0], [1], [c])) == n
 
 
 def test_every_name_has_a_row_and_is_in_the_legend(made, capsys):
@@ -270,6 +314,7 @@ def test_every_name_has_a_row_and_is_in_the_legend(made, capsys):
     ("zero.pt", "zero.pt: ΔW of h.1.attn.v is 0"), ("same.pt nan.pt", "nan.pt: .* not finite"),
     ("v.pt v.pt", "v.pt and .*v.pt have one name"), ("v.pt --device nonsense", "--device nonsense"),
     ("lora-seed0.pt lora-seed2.pt", "lora-seed0.pt and .*lora-seed2.pt have one name"),
+    ("lora-seed0.pt lora-seed3.pt", "lora-seed0.pt and .*lora-seed3.pt have one name"),
 ])
 def test_errors_are_one_line_before_anything_is_written(made, argv, message, capsys):
     before = {f: f.stat().st_mtime_ns for f in made.rglob("*")}

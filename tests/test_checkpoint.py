@@ -32,6 +32,13 @@ def test_no_run_takes_the_file_of_another(capsys):
     assert Path("out/lora.pt").read_bytes() == first and read("out/lora-2.pt")["step"] == 2
 
 
+def test_a_name_that_was_claimed_is_free_again_where_nothing_could_be_written(monkeypatch):
+    monkeypatch.setattr(torch, "save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        checkpoint.write({}, checkpoint.claim("a.pt"))
+    assert not os.path.exists("a.pt") and not os.path.exists("a.pt.part")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("unexpected pos 64"), OSError(28, "No space left")])
 def test_a_full_disk_stops_a_run_in_a_line_and_costs_no_checkpoint(error, monkeypatch, capsys):
     save, calls = torch.save, []

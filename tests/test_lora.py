@@ -168,6 +168,14 @@ def test_disabled_is_the_base(gpt):
         assert same(snapshot(gpt), before) and not torch.equal(logits(gpt), base)
 
 
+def test_adapters_are_in_the_mode_that_the_model_is_in(gpt):
+    lora.inject(gpt.eval(), rank=4)
+    assert not any(m.training for m in gpt.modules())
+    with lora.disabled(gpt):
+        gpt.train()
+    assert all(m.training for m in gpt.modules())
+
+
 # adapters as tensors
 
 @each_method

@@ -343,6 +343,7 @@ def test_a_run_that_diverges_stops_and_leaves_the_last_good_checkpoint(method, m
     ("--method multilora --alpha=4", "--alpha goes with --method lora"),
     ("--resume a.pt --lr 1", "leave out --batch_size --data --lr"),
     ("--rank 0", "argument --rank: 0 is not between 1 and inf"),
+    ("--method autolora --hypergrad exact --compile", "leave out --compile"),
 ])
 def test_errors_say_in_a_line_what_would_be_right(argv, message, capsys):
     with pytest.raises(SystemExit, match="2"):
