@@ -7,10 +7,15 @@ import pytest
 import analyze
 import bench
 import flatten
+import lora
+import measure
 import ranks
 import tables
 import train
+import variants
 from results import read_csv
+from support import data
+from support.tasks import builtin
 
 
 @pytest.mark.parametrize("page", tables.READMES, ids=["README", "experiments"])
@@ -69,3 +74,40 @@ def test_the_benchmark_runs(tmp_path):
     assert tables.BENCH["latency"]["1 x 128"].keys() == found["latency"]["1 x 8"].keys()
     missing = tables.BENCH["training"].keys() - found["training"].keys()
     assert all("peft" in name or "loralib" in name for name in missing)
+
+
+def test_test_rows_are_in_no_other_part():
+    for name in ("arith", "infer"):
+        train_rows, valid = builtin(name)
+        others = {prompt for prompt, _ in train_rows + valid}
+        rows = measure.test_rows(name)
+        assert len(rows) == 400 and not others & {prompt for prompt, _ in rows}
+        assert rows == measure.test_rows(name)
+
+
+def test_a_variant_differs_in_one_thing(gpt):
+    lora.inject(gpt, "q", 4, variants.FixedScale, alpha=16)
+    m = lora.adapters(gpt)["h.0.attn.q"]
+    assert m.scale() == 2 and not m.B.any()                     # α/k with k = 8, not α/r
+    lora.remove(gpt)
+    lora.inject(gpt, "q", 4, variants.LearnedScale, alpha=16)
+    m = lora.adapters(gpt)["h.0.attn.q"]
+    assert m.scale().tolist() == [4] and m.s.requires_grad and not m.B.any()
+    lora.remove(gpt)
+    lora.inject(gpt, "q", 4, variants.RandomB, alpha=16)
+    m = lora.adapters(gpt)["h.0.attn.q"]
+    assert m.scale() == 4 and m.B.any()
+
+
+def test_shuffled_rows_are_the_same_prompts_and_answers_but_not_together():
+    tok = data.tokenizer(257)
+    tasks = data.load(["arith"], tok, 512)
+    first, second = data.halves(tasks, 0.7, 0)
+    same, shuffled = variants.shuffled_halves(tasks, 0.7, 0)
+    assert same[0].train == first[0].train
+    prompts, answers = [], []
+    for rows in (second[0].train, shuffled[0].train):
+        prompts.append([row.ids[:row.given] for row in rows])
+        answers.append([row.ids[row.given:] for row in rows])
+    assert prompts[0] == prompts[1] and answers[0] != answers[1]
+    assert sorted(answers[0]) == sorted(answers[1])
