@@ -9,7 +9,8 @@ of train.py and on adapters of peft (a file or its folder) and loralib.
     python analyze.py gpt2_md_lora_e2e.pt --alpha 32    # loralib does not say α
 
 Prints tables; leaves figures, and one JSON with every number, in a folder
-beside the first checkpoint. NAME-seed0.pt, NAME-seed1.pt, ... are drawn as one.
+beside the first checkpoint, and deletes those of a run before. NAME-seed0.pt,
+NAME-seed1.pt, ... are drawn as one.
 
     spectrum       singular values of ΔW (MultiLoRA, section 3)
     amplification  ΔW against W in ΔW's own directions (LoRA, table 7)
@@ -302,7 +303,8 @@ def draw_pair(a, b, out):
     for side in ("input", "output", "random"):
         for most, name in itertools.product(sizes, shown):
             phi = similarities(a, b, name)[side]
-            panels.append((f"{target_of(name)}, {side}", phi[:most, :most]))
+            few = ", first 8" if most == 8 < len(sizes) * 8 else ""
+            panels.append((f"{target_of(name)}, {side}{few}", phi[:most, :most]))
     title = f"φ(i, j) of ΔW: {a.label} (i) and {b.label} (j), layer {layer}"
     show.maps(out / f"subspace-{a.label}-{b.label}.png", title, panels,
               columns=len(sizes) * len(shown))
@@ -316,18 +318,19 @@ def some(names):
 def against_W(of_one, x, checkpoints):
     """Lines that need W's SVD: of every W in a small model or if --targets or --layers choose, of
     some q and v in a large one."""
-    matrices = []
+    matrices, panel = [], "mean over matrices"
     for c in checkpoints:
         names = [name for name in c.delta if name in c.W]
         if names and not c.chosen and min(c.W[names[0]].shape) > 256:
             ends = layer_of(names[0]), layer_of(names[-1])
             names = [name for name in some(names) if layer_of(name) in ends] or names[:4]
+            panel = "mean over some matrices"
         matrices += [(c, name) for name in names]
 
     def line(c, name):
         W = c.W[name]
         null = gaussian_like(c.delta[name], f"{c.label} {name}")
-        found = {**c.id, "panel": "mean over matrices", "name": name, "x": x}
+        found = {**c.id, "panel": panel, "name": name, "x": x}
         found["real"] = of_one(W, svd_of(W), c.svd[name])
         return {**found, "null": of_one(W, svd_of(W), null)}
 
@@ -393,7 +396,7 @@ def missing(checkpoints):
     if not any(c.history["beta"] for c in checkpoints):
         lacks["ranks"] = "a checkpoint of --method autolora"
     if not any(c.delta.keys() & c.W.keys() for c in checkpoints):
-        lacks |= dict.fromkeys(["amplification", "directions", "intruders"], "W (--base)")
+        lacks |= dict.fromkeys(["amplification", "directions", "intruders"], "their W (--base)")
     if not any(c.scaled for c in checkpoints):
         lacks |= dict.fromkeys(["amplification", "intruders"], "the size of ΔW, so α (--alpha)")
     return lacks
@@ -447,9 +450,9 @@ def main(argv=None):
         records = each(record, [(c, name) for c in checkpoints for name in c.delta])
         out = args.out or checkpoints[0].path.parent / f"{checkpoints[0].label}-analysis"
         out.mkdir(parents=True, exist_ok=True)
-        for study in ("curves", "histogram", *STUDIES):         # of a run before
-            for figure in [*out.glob(f"{study}.png"), *out.glob(f"{study}-*.png")]:
-                figure.unlink()
+        for name in ("curves", "histogram", *STUDIES, "subspace-*", "ranks-*"):
+            for figure in out.glob(f"{name}.png"):
+                figure.unlink()                                 # of a run before
         show.summary(checkpoints, records)
         show.curves(checkpoints, out / "curves.png")
         found = {"records": records, "checkpoints": []}

@@ -1,5 +1,6 @@
 """
-How good is a checkpoint of train.py, or an adapter of peft or loralib? Or what does it say?
+How good is a checkpoint of train.py, or an adapter of peft or loralib? What
+does it say?
 
     python evaluate.py out/lora.pt                          # its tasks again, before and after
     python evaluate.py out/lora.pt --data skills            # other tasks: what was forgotten

@@ -226,8 +226,8 @@ def from_hf_layout(saved, n_head=None):
     if not torch.equal(state.pop("lm_head.weight", wte), wte):
         raise ValueError("lm_head.weight differs from wte.weight, but GPT-2's head is tied")
     size = C / n_head if n_head else 64
-    if C % size or size % 1:
-        raise ValueError(f"its width {C} does not fit heads of {size:g}: say how many (n_head)")
+    if C % size or size % 1 or (not n_head and C < 768):
+        raise ValueError(f"it does not say how many heads its width {C} has: n_head should")
     n_layer = len([k for k in state if k.endswith("attn.c_attn.weight")])
     for i in range(n_layer):
         for theirs, ours in HF_NAMES.items():
@@ -256,4 +256,5 @@ def read(path):
         try:
             return dict(torch.load(f, map_location="cpu", weights_only=True))
         except Exception as e:      # torch raises many kinds here: zip, unpickling, end of file
-            raise ValueError(f"{path}: not a whole checkpoint or model ({e})") from None
+            why = type(e).__name__
+            raise ValueError(f"{path}: not a whole checkpoint or model ({why})") from None

@@ -108,7 +108,7 @@ def claim(path, method=None):
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
         with suppress(FileExistsError), open(name, "x"):
             return name
-    raise ValueError(f"{path} is there already: --resume its run, or choose another --out")
+    raise ValueError(f"{path} is there already: choose another name, or --resume its run")
 
 
 def write(saved, path):

@@ -6,6 +6,7 @@ import atexit
 import math
 import os
 import sys
+import textwrap
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,7 +88,8 @@ def describe(run, flags):
     if s.ranks:
         own = [f"ranks of {s.ranks}, alpha {s.alpha}"]
     say(f"model    {s.model}, {run.size / 1e6:.2f} M parameters, on {run.device} in {s.dtype}")
-    say(f"method   {s.method}:", ", ".join(own))
+    method = f"method   {s.method}: {', '.join(own)}"
+    say(textwrap.fill(method, 79, subsequent_indent=" " * 9))
     say(f"trains   {run.parameters:,} parameters, {100 * run.parameters / run.size:.2f} %")
     for t in run.tasks:
         say(f"task     {t.name}: {len(t.train):,} rows", t.note and f"({t.note})")

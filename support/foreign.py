@@ -24,7 +24,10 @@ SETTINGS = {"method": "lora", "scratch": False, "seed": None, "data": ["(not giv
 def read(path):
     """The dict in a torch or safetensors file, or a peft folder. Raises OSError or ValueError."""
     if path.is_dir():
-        path = next(path.glob("adapter_model.safetensors"), path / "adapter_model.bin")
+        files = sorted(path.glob("adapter_model.*"))            # .bin, .safetensors
+        if not files:
+            raise ValueError(f"{path}: a folder without peft's adapter_model.safetensors or .bin")
+        path = files[-1]
     if path.suffix != ".safetensors":
         return model.read(path)
     data = path.read_bytes()
@@ -114,4 +117,7 @@ def for_model(saved, base):
         raise ValueError("its file does not say α: --alpha does")
     if saved["others"]:
         raise ValueError(f"it is more than A and B, it has {saved['others'][0]}")
+    for name in saved["adapter"]["tensors"]:
+        if f"{name}.weight" not in base.state_dict():
+            raise ValueError(f"it is of another base: this one has no {name}")
     return lora.combine([saved["adapter"]]) | {"base": lora.fingerprint(base)}

@@ -12,8 +12,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 plt.rcParams.update({"legend.frameon": False, "legend.fontsize": 8})
-COLORS = {"full": "#000000", "lora": "#0072b2", "multilora": "#d55e00", "autolora": "#009e73"}
-DASHES = ["-", "--", "-.", (0, (1, 1))]
+COLORS = {"full": ["#000000", "#777777"], "lora": ["#0072b2", "#56b4e9", "#003355"],
+          "multilora": ["#d55e00", "#f0a070"], "autolora": ["#009e73", "#80d0b0"]}
+DASHES = ["-", "--", "-."]
 GREY = "#999999"
 MEASURES = {"top1": 2, "effective_rank": 1, "stable_rank": 1, "amplification": 1}   # digits
 
@@ -107,7 +108,8 @@ def figure(path, title, lines, size=(3.2, 2.6), band=True, **options):
     panels = list(dict.fromkeys(column(lines, "panel")))
     width = min(3, len(panels))
     height = math.ceil(len(panels) / width)
-    fig, grid = plt.subplots(height, width, squeeze=False, sharey=True, layout="constrained")
+    fig, grid = plt.subplots(height, width, squeeze=False, sharex=True, sharey=True,
+                             layout="constrained")
     fig.set_size_inches(size[0] * width, size[1] * height + 0.6)
     fig.suptitle(title, fontsize=11)
     key = grid[0, 0]
@@ -120,21 +122,24 @@ def figure(path, title, lines, size=(3.2, 2.6), band=True, **options):
             ax.label_outer()
         key.plot([], [], color=color, linestyle=dash, label=f" {plain(name)}")  # "_x" is no label
     if any(map(len, column(lines, "null"))):
-        key.plot([], [], color=GREY, linestyle=":", label="a Gaussian ΔW")
+        key.plot([], [], color=GREY, linestyle=":", label="dotted: Gaussian ΔW")
     for ax in grid.flat[len(panels):]:
         ax.axis("off")
+    for ax in grid.flat[max(0, len(panels) - width):len(panels)]:       # with none below
+        ax.tick_params(labelbottom=True)
+        ax.set_xlabel(options.get("xlabel", ""))
     fig.legend(loc="outside lower center", ncols=width + 2)
     save(fig, path)
 
 
 def looks(lines):
-    """{checkpoint: (colour, dash)}: the method's colour, another dash for each of one method."""
+    """{checkpoint: (colour, dash)}: a colour of the method's, and where they end, another dash."""
     found, count = {}, dict.fromkeys(COLORS, 0)
     for line in lines:
         name, method = line["checkpoint"], line["method"]
         if name not in found:
-            dash = DASHES[count[method] % len(DASHES)]
-            found[name] = COLORS[method], dash
+            turn, i = divmod(count[method], len(COLORS[method]))
+            found[name] = COLORS[method][i], DASHES[turn % len(DASHES)]
             count[method] += 1
     return found
 
@@ -200,9 +205,10 @@ def search(path, title, ranks, steps, a):
     left.set_yticks(range(len(layers)), layers)
     left.set_title(plain(title))
     largest = a.amax(-1).numpy()
-    right.plot(steps, largest, color=COLORS["autolora"], linewidth=0.6, alpha=0.6)
+    right.plot(steps, largest, color=COLORS["autolora"][0], linewidth=0.6, alpha=0.6)
     right.axhline(1 / a.size(-1), color=GREY, linestyle=":")
-    right.set(xlabel="search step", ylabel="largest selection variable", ylim=(0, 1))
+    right.set(xlabel="search step", ylabel="largest selection variable (dotted: 1/k)",
+              ylim=(0, None))
     save(fig, path)
 
 

@@ -300,7 +300,7 @@ def test_every_name_has_a_row_and_is_in_the_legend(made, capsys):
         (made / f"{name}.pt").write_bytes((made / f"{old}.pt").read_bytes())
     _, figures = run(made, names, *"--study spectrum subspace ranks".split())
     legend = figures["spectrum"].legends[0].get_texts()
-    assert {t.get_text().replace("\\", "").strip() for t in legend} == {*names, "a Gaussian ΔW"}
+    assert {t.get_text().replace("\\", "").strip() for t in legend} == {*names, "dotted: Gaussian ΔW"}
     rows = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
     assert min(map(rows.count, names)) >= 2                         # of measures, and of results
 

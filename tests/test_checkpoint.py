@@ -28,7 +28,7 @@ def test_no_run_takes_the_file_of_another(capsys):
     train.main([*SMALL, "--steps", "1"])
     first = Path("out/lora.pt").read_bytes()
     train.main([*SMALL, "--steps", "2"])
-    refused([*SMALL, "--out", "out/lora.pt"], "out/lora.pt is there already: --resume", capsys)
+    refused([*SMALL, "--out", "out/lora.pt"], "out/lora.pt is there already: choose", capsys)
     assert Path("out/lora.pt").read_bytes() == first and read("out/lora-2.pt")["step"] == 2
 
 

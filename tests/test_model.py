@@ -181,7 +181,7 @@ def test_released_weights_come_by_name(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))             # where torch keeps downloads
     file = tmp_path / "hub" / "checkpoints" / "gpt2.bin"
     file.parent.mkdir(parents=True)
-    model = random_gpt(GPTConfig(50, 8, 1, 1, 64), dtype=torch.float32)
+    model = random_gpt(GPTConfig(50, 8, 1, 12, 768), dtype=torch.float32)
     torch.save(model.hf_state_dict(), file)
     assert same(GPT.from_pretrained("gpt2").state_dict(), model.state_dict())
     file.write_text("<html>busy</html>")
