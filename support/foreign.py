@@ -33,7 +33,7 @@ def read(path):
     data = path.read_bytes()
     try:
         from safetensors.torch import load
-        return load(data)
+        return dict(sorted(load(data).items()))                 # else in any order
     except ImportError:
         raise ValueError(f"{path}: to read it, pip install safetensors") from None
     except Exception as e:                                      # of a kind of safetensors' own
