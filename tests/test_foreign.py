@@ -202,7 +202,7 @@ def spoilt(folder):
     ("misfit", "do not fit each other"), ("wide --base base.pt", "h.0.mlp.up is .*one base"),
     ("wide theirs", "h.0.mlp.up is .*one base"), ("cut_config", "not a config of peft"),
     ("no_config", "adapter_config.json"), ("cut", "not a whole"),
-    ("cut.safetensors", "not a whole"),
+    ("cut.safetensors", "not a whole|pip install"),
     ("dora", "use_dora"), ("loha", "LOHA"), ("pissa", "pissa"), ("empty", "adapter_model"),
     ("one.pt", "do not fit each other"), ("nothing.pt", "nor an adapter"), ("gone", "gone"),
     ("theirs --study directions", "--base"), ("loralib.pt --study intruders", "--"),

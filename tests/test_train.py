@@ -293,6 +293,7 @@ def test_ctrl_c_says_in_a_line_how_to_go_on(owner, name, monkeypatch, capsys):
     def press_ctrl_c(*args, **options):
         os.kill(os.getpid(), signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # which nohup and & have off
     with monkeypatch.context() as m, pytest.raises(SystemExit, match="130"):
         m.setattr(owner, name, press_ctrl_c)
         m.setattr(sys, "argv", ["train.py", *KINDS["autolora"]])
