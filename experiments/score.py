@@ -5,8 +5,9 @@ What a run's texts for E2E's meaning representations are worth, and what the run
 
 The loss on 400 held-out rows; BLEU (sacrebleu), of one text for each of 200 distinct meaning
 representations of test.jsonl against all its references; the share of the slots' values that the
-text names, word for word; and the loss on held-out windows of a plain text. Texts are greedy; the LoRA paper's are by beam search. Into
-out/a-score.json; --untrained scores the base alone, into out/a-untrained.json.
+text names, word for word; and the loss on held-out windows of a plain text. Texts are greedy; the
+LoRA paper's are by beam search. Into out/a-score.json; --untrained scores the base alone, into
+out/a-untrained.json.
 """
 import argparse
 import json
