@@ -23,7 +23,7 @@ def load(paths, device="cpu", base=None, alpha=None):
         saved, settings = checkpoint.open_run(path, alpha=alpha)
         if settings.scratch:
             raise ValueError(f"{path}: pretrained from scratch, there is no base to compare with")
-        if not W and (base or saved["base"]):
+        if not W and (base or settings.model and saved["base"]):
             W, mark = checkpoint.matrices(base or settings.model, device)
         if saved["base"] not in (mark, None):
             raise ValueError(f"{path}: was trained on another base than {base or settings.model}; "

@@ -1,5 +1,5 @@
 """
-LoRA adapters that others trained, in the files of peft and loralib, read as a run of train.py.
+Adapters that train.py did not save, in the files of peft and loralib, read as a run of train.py.
 
 Both keep A (r, d_in) and B (d_out, r) by the layer's name; peft has α in an adapter_config.json
 beside them, loralib nowhere. GPT-2's fused c_attn is q, k and v here, and B is cut in three. peft's
@@ -19,6 +19,8 @@ OTHERS = "use_dora use_qalora use_bdlora kasa_config lora_bias layer_replication
 MOVES_W = "pissa", "olora", "corda", "loftq", "lora_ga"     # starts that change the base as well
 SETTINGS = {"method": "lora", "scratch": False, "seed": None, "data": ["(not given)"],
             "dtype": "fp32", "eval_rows": 200, "batch_size": 8, "block_size": 1024}
+RUN = {"history": {"loss": [], "valid": [], "beta": []}, "phase": "train", "step": None,
+       "before": None, "after": None}
 
 
 def read(path):
@@ -43,6 +45,11 @@ def read(path):
 def as_run(saved, path, alpha=None):
     """What a checkpoint holds, of such tensors; the scale is None where nothing says α.
     Raises OSError or ValueError where they are not a whole LoRA."""
+    if {"layer", "tensors", "scale", "base"} <= saved.keys():   # lora.state_dict(model), by hand
+        size = sum(t.numel() for own in saved["tensors"].values() for t in own.values())
+        method = saved["layer"].removesuffix("Linear").lower()
+        return RUN | {"settings": SETTINGS | {"method": method, "model": None}, "adapter": saved,
+                      "base": saved["base"], "parameters": size}
     config, layers, others = {"lora_alpha": alpha}, {}, []
     for key, t in saved.items():
         found = KEY.fullmatch(key)
@@ -61,10 +68,9 @@ def as_run(saved, path, alpha=None):
         for name, A, B in split(layer, pair, path):
             own[name] = {"A": A.float(), "B": B.float()}
             scale[name] = scale_of(layer, len(A), config)
-    return {"settings": SETTINGS | {"model": config.get("base_model_name_or_path")},
-            "adapter": {"layer": "LoRALinear", "base": None, "tensors": own, "scale": scale},
-            "base": None, "others": others, "parameters": size, "phase": "train", "step": None,
-            "history": {"loss": [], "valid": [], "beta": []}, "before": None, "after": None}
+    adapter = {"layer": "LoRALinear", "base": None, "tensors": own, "scale": scale}
+    return RUN | {"settings": SETTINGS | {"model": config.get("base_model_name_or_path")},
+                  "adapter": adapter, "base": None, "others": others, "parameters": size}
 
 
 def peft_config(path):

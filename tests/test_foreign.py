@@ -9,7 +9,9 @@ import torch
 
 import analyze
 import evaluate
-from conftest import close, random_gpt
+import lora
+import multilora
+from conftest import close, random_gpt, randomise
 from model import GPT, GPTConfig
 from support import changes, checkpoint
 
@@ -158,6 +160,20 @@ def test_a_folder_gives_its_name_and_its_seed(folder):
     cs = changes.load(["run-v1.5-seed0", "run-v1.5-seed1/adapter_model.bin", "loralib.pt"])
     assert [c.id["checkpoint"] for c in cs] == ["run-v1.5", "run-v1.5", "loralib"]
     assert [c.id["seed"] for c in cs] == ["0", "1", None]
+
+
+def test_a_state_that_was_saved_by_hand(folder, capsys):
+    model = GPT.from_pretrained("base.pt")
+    randomise(lora.inject(model, "q", 4, multilora.MultiLoRALinear, n_blocks=2))
+    torch.save(lora.state_dict(model), "state.pt")
+    want = lora.adapters(model)["h.1.attn.q"].delta_weight().detach()
+    close(deltas("state.pt", base="base.pt")["h.1.attn.q"], want.double(), 1e-6)
+    assert changes.load(["state.pt"], base="base.pt")[0].id["method"] == "multilora"
+    evaluate.main("state.pt --base base.pt --prompt a --device cpu".split())
+    for main in (analyze.main, evaluate.main):
+        with pytest.raises(SystemExit, match="2"):
+            main(["state.pt"])
+        assert "--base" in capsys.readouterr().err
 
 
 def test_evaluate_puts_it_on_the_base(folder, capsys):
