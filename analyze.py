@@ -60,7 +60,7 @@ def svd(delta):
     B, A = delta
     Q1, R1 = torch.linalg.qr(B)
     Q2, R2 = torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(R1 @ R2.T)
+    U, S, Vh = torch.linalg.svd(R1 @ R2.T, full_matrices=False)
     return Q1 @ U, S, Q2 @ Vh.T
 
 
@@ -162,10 +162,12 @@ def record(c, name):
     in its first 16 directions: all are all of W. ValueError for a ΔW of 0 or not finite."""
     delta, W = c.delta[name], c.W.get(name)
     parts = delta if isinstance(delta, tuple) else [delta]
-    r = delta[1].size(0) if len(parts) == 2 else 16
     if not all(0 < t.norm() < math.inf for t in parts):
         raise ValueError(f"{c.path}: ΔW of {name} is 0 or not finite")
+    if W is not None and not 0 < W.norm() < math.inf:
+        raise ValueError(f"{c.path}: W of {name} is 0 or not finite")
     c.svd[name] = svd(delta)
+    r = 16 if torch.is_tensor(delta) else len(c.svd[name][1])
     null = gaussian_like(delta, f"{c.label} {name}")
     found = {**c.id, "name": name, "r": r}
     found["layer"] = layer_of(name)
@@ -226,9 +228,10 @@ def amplification_study(checkpoints, records, out):
         for c in checkpoints:
             own = where(records, target=target, **c.id)
             if own:
-                lines.append({**c.id, "panel": f"ΔW of {target}", "x": column(own, "layer"),
-                              "real": column(own, "amplification"),
-                              "null": column(own, "null.amplification")})
+                line = {**c.id, "panel": f"ΔW of {target}", "x": sorted(set(column(own, "layer")))}
+                for side, key in (("real", "amplification"), ("null", "null.amplification")):
+                    line[side] = [np.mean(column(where(own, layer=n), key)) for n in line["x"]]
+                lines.append(line)
     layers = sorted(set(column(records, "layer")))
     show.figure(out / "amplification.png", "Amplification ‖ΔW‖ / ‖UᵀWV‖ in the directions of ΔW",
                 lines, xlabel="layer", ylabel="times", yscale="log",
@@ -397,7 +400,8 @@ def missing(checkpoints):
         lacks["ranks"] = "a checkpoint of --method autolora"
     if not any(c.delta.keys() & c.W.keys() for c in checkpoints):
         lacks |= dict.fromkeys(["amplification", "directions", "intruders"], "their W (--base)")
-    if not any(c.scaled for c in checkpoints):
+    whole = [c for c in checkpoints if c.scaled and c.delta.keys() & c.W.keys()]
+    if not whole and not all(c.scaled for c in checkpoints):
         lacks |= dict.fromkeys(["amplification", "intruders"], "the size of ΔW, so α (--alpha)")
     return lacks
 

@@ -1,6 +1,5 @@
 """
-How good is a checkpoint of train.py, or an adapter of peft or loralib? What
-does it say?
+How good is a checkpoint of train.py, peft or loralib, or what does it say?
 
     python evaluate.py out/lora.pt                          # its tasks again, before and after
     python evaluate.py out/lora.pt --data skills            # other tasks: what was forgotten
@@ -102,15 +101,16 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     with command.plain_errors():
-        changes = {"model": args.base, "data": args.data, "eval_rows": args.eval_rows}
-        changes["dtype"] = "fp32" if args.export else args.dtype
+        changes = {"model": args.base, "data": args.data, "eval_rows": args.eval_rows,
+                   "dtype": "fp32" if args.export else args.dtype}
         changes = {name: value for name, value in changes.items() if value}
         saved, settings = checkpoint.open_run(args.checkpoint, changes, args.alpha)
         device = command.pick_device(args.device)
         model = checkpoint.start_model(settings, device)
         tok = data.tokenizer(model.config.vocab_size)
         if not args.prompt and not args.export:
-            tasks = data.load(settings.data, tok, settings.block_size, settings.eval_rows)
+            block = min(settings.block_size, model.config.block_size)
+            tasks = data.load(settings.data, tok, block, settings.eval_rows)
             before = evaluate(model, tasks, tok, settings, device, generate=True)
         checkpoint.restore(saved, model)
         if args.export:

@@ -320,7 +320,7 @@ def main(argv=None):
             changes = {name: getattr(settings, name) for name in given}
             saved, settings = checkpoint.open_run(settings.resume, changes)
             settings.out = settings.resume
-            if saved["after"]:
+            if saved["after"] or saved["step"] is None:
                 raise ValueError(f"{settings.out}: this run has ended; start one with more --steps")
         run = Run(settings, saved)
         if saved is None and command.process()[0] == 0:

@@ -10,12 +10,15 @@ import json
 import math
 import re
 
+import torch
+
 import lora
 import model
 
 KEY = re.compile(r"(?:base_model\.model\.|module\.)?(.+)\.lora_([AB])(\.weight)?")
 IN_GPT2 = re.compile(rf"(?:transformer\.)?(h\.\d+)\.({'|'.join(model.HF_NAMES)})")
-OTHERS = "use_dora use_qalora use_bdlora kasa_config lora_bias layer_replication target_parameters"
+OTHERS = ("use_dora use_qalora use_bdlora kasa_config lora_bias layer_replication "
+          "target_parameters alora_invocation_tokens arrow_config").split()
 MOVES_W = "pissa", "olora", "corda", "loftq", "lora_ga"     # starts that change the base as well
 SETTINGS = {"method": "lora", "scratch": False, "seed": None, "data": ["(not given)"],
             "dtype": "fp32", "eval_rows": 200, "batch_size": 8, "block_size": 1024}
@@ -52,12 +55,12 @@ def as_run(saved, path, alpha=None):
                       "base": saved["base"], "parameters": size}
     config, layers, others = {"lora_alpha": alpha}, {}, []
     for key, t in saved.items():
-        found = KEY.fullmatch(key)
-        if found:
+        found = KEY.fullmatch(str(key))
+        if found and torch.is_tensor(t):
             layer, side, of_peft = found.groups()
             layers.setdefault(layer, {})[side] = t
         else:
-            others.append(key)
+            others.append(str(key))
     if not layers:
         raise ValueError(f"{path}: not a checkpoint of train.py, nor an adapter of peft or loralib")
     if of_peft:
@@ -78,8 +81,8 @@ def peft_config(path):
         config = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as e:
         raise ValueError(f"{path}: not a config of peft ({e})") from None
-    kinds = [str(config.get("peft_type")), *[flag for flag in OTHERS.split() if config.get(flag)]]
-    start = str(config.get("init_lora_weights"))
+    kinds = [str(config.get("peft_type")), *[flag for flag in OTHERS if config.get(flag)]]
+    start = str(config.get("init_lora_weights")).lower()
     if kinds != ["LORA"] or start.startswith(MOVES_W):
         raise ValueError(f"{path}: not LoRA alone, but {' '.join(kinds)}, start {start}")
     return config

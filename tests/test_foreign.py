@@ -11,6 +11,7 @@ import analyze
 import evaluate
 import lora
 import multilora
+import train
 from conftest import close, random_gpt, randomise
 from model import GPT, GPTConfig
 from support import changes, checkpoint
@@ -154,6 +155,27 @@ def test_matrices_that_the_base_lacks_are_left_out_where_w_is_needed(folder, cap
     assert {r["target"] for r in found["records"]} == {*"qkvo", "up", "down"}
 
 
+def test_a_rank_above_a_side_and_two_matrices_of_one_layer_and_target(folder):
+    shapes = {"encoder.0.v": ((6, 4), (9, 6)), "decoder.0.v": ((6, 4), (9, 6))}
+    saved = {}
+    for name, (A, B) in shapes.items():
+        saved[f"base_model.model.{name}.lora_A.weight"] = matrix(*A)
+        saved[f"base_model.model.{name}.lora_B.weight"] = matrix(*B)
+    peft(folder, "deep", saved, r=6)
+    torch.save({f"{name}.weight": matrix(9, 4) for name in shapes}, folder / "W.pt")
+    found = analyze.main(["deep", "--base", "W.pt"])
+    A, B = (matrix(*shape).double() for shape in ((6, 4), (9, 6)))
+    S = torch.linalg.svdvals(B @ A)
+    for record in found["records"]:
+        assert record["S"] == pytest.approx(S.tolist(), rel=1e-5) and record["r"] == 4
+
+
+def test_an_adapter_cannot_be_resumed(folder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--resume", "theirs/adapter_model.bin"])
+    assert "has ended" in capsys.readouterr().err
+
+
 def test_a_folder_gives_its_name_and_its_seed(folder):
     for seed in (0, 1):
         peft(folder, f"run-v1.5-seed{seed}")
@@ -207,6 +229,10 @@ def spoilt(folder):
     for name, config in (("dora", {"use_dora": True}), ("loha", {"peft_type": "LOHA"}),
                          ("pissa", {"init_lora_weights": "pissa_niter_4"})):
         peft(folder, name, **config)
+    peft(folder, "cap_start", init_lora_weights="PiSSA")
+    torch.save({3: torch.ones(2), "h.0.lora_A": "text"}, folder / "mixed.pt")
+    peft(folder, "flat")
+    torch.save({"h.0.attn.q.weight": torch.zeros(C, C)}, folder / "flat.pt")
     (folder / "empty").mkdir()
     one = layers_of("loralib", **{"h.0.attn.c_attn": ((R, C), (C, R))})     # of q, k or v?
     torch.save(one, folder / "one.pt")
@@ -223,6 +249,7 @@ def spoilt(folder):
     ("one.pt", "do not fit each other"), ("nothing.pt", "nor an adapter"), ("gone", "gone"),
     ("theirs --study directions", "--base"), ("loralib.pt --study intruders", "--"),
     ("theirs --base gone.pt", "gone.pt"), ("theirs theirs", "have one name"),
+    ("cap_start", "PiSSA".lower()), ("mixed.pt", "nor an adapter"), ("flat --base flat.pt", "W of"),
 ])
 def test_errors_are_one_line(folder, argv, message, capsys):
     spoilt(folder)
