@@ -21,7 +21,7 @@ TRAIN="$SMOLLM train" ANALYZE="$SMOLLM analyze"
 source experiments/run.sh
 SHARED=${1:-../shared}
 E2E=$SHARED/data/e2e NOVELS=$DIR/novels.txt
-LORA="--lr 4e-3" MULTI="--method multilora --lr 1.6e-2" FULL="--method full --lr 2e-4"  # the sweep's
+LORA="--lr 4e-3" MULTI="--method multilora --lr 3.2e-2" FULL="--method full --lr 2e-4"  # the sweep's
 AUTO="--method autolora $SEARCH --lr 4e-3"
 $SMOLLM check $E2E
 [ -f $NOVELS ] || xz -dc "$SHARED/text/novels.txt.xz" | tail -c 4000000 > $NOVELS
@@ -37,7 +37,9 @@ score() {                                   # as `run`, for score.py
 
 FLAGS="$COMMON $SHORT --data $E2E"          # learning rates
 for lr in 5e-4 1e-3 2e-3 4e-3 8e-3; do run sweep-lora-lr$lr --lr $lr; done
-for lr in 1e-3 2e-3 4e-3 8e-3 1.6e-2 3.2e-2; do run sweep-multilora-lr$lr --method multilora --lr $lr; done
+for lr in 1e-3 2e-3 4e-3 8e-3 1.6e-2 3.2e-2 6.4e-2; do
+    run sweep-multilora-lr$lr --method multilora --lr $lr
+done
 for lr in 5e-5 1e-4 2e-4 4e-4; do run sweep-full-lr$lr --method full --lr $lr; done
 for lr in 2e-3 4e-3; do run sweep-autolora-lr$lr $AUTO --lr $lr; done
 finish
