@@ -167,6 +167,8 @@ def record(c, name):
     if W is not None and not 0 < W.norm() < math.inf:
         raise ValueError(f"{c.path}: W of {name} is 0 or not finite")
     c.svd[name] = svd(delta)
+    if not c.svd[name][1][0].square() > 0:
+        raise ValueError(f"{c.path}: ΔW of {name} is 0")
     r = 16 if torch.is_tensor(delta) else len(c.svd[name][1])
     null = gaussian_like(delta, f"{c.label} {name}")
     found = {**c.id, "name": name, "r": r}

@@ -53,6 +53,7 @@ def as_run(saved, path, alpha=None):
         method = saved["layer"].removesuffix("Linear").lower()
         return RUN | {"settings": SETTINGS | {"method": method, "model": None}, "adapter": saved,
                       "base": saved["base"], "parameters": size}
+    saved = saved.get("model_state_dict", saved)                # as LoRA's own script saves it
     config, layers, others = {"lora_alpha": alpha}, {}, []
     for key, t in saved.items():
         found = KEY.fullmatch(str(key))
@@ -72,8 +73,10 @@ def as_run(saved, path, alpha=None):
             own[name] = {"A": A.float(), "B": B.float()}
             scale[name] = scale_of(layer, len(A), config)
     adapter = {"layer": "LoRALinear", "base": None, "tensors": own, "scale": scale}
-    return RUN | {"settings": SETTINGS | {"model": config.get("base_model_name_or_path")},
-                  "adapter": adapter, "base": None, "others": others, "parameters": size}
+    ranks = {name: len(pair["A"]) for name, pair in own.items()}
+    settings = {"model": config.get("base_model_name_or_path"), "rank": ranks, "scale": scale}
+    return RUN | {"settings": SETTINGS | settings, "adapter": adapter, "base": None,
+                  "others": others, "parameters": size}
 
 
 def peft_config(path):
