@@ -167,9 +167,10 @@ def record(c, name):
     if W is not None and not 0 < W.norm() < math.inf:
         raise ValueError(f"{c.path}: W of {name} is 0 or not finite")
     c.svd[name] = svd(delta)
-    if not c.svd[name][1][0].square() > 0:
+    S = c.svd[name][1]
+    if not S[0].square() > 0:
         raise ValueError(f"{c.path}: ΔW of {name} is 0")
-    r = 16 if torch.is_tensor(delta) else len(c.svd[name][1])
+    r = 16 if torch.is_tensor(delta) else len(S)
     null = gaussian_like(delta, f"{c.label} {name}")
     found = {**c.id, "name": name, "r": r}
     found["layer"] = layer_of(name)
@@ -231,8 +232,11 @@ def amplification_study(checkpoints, records, out):
             own = where(records, target=target, **c.id)
             if own:
                 line = {**c.id, "panel": f"ΔW of {target}", "x": sorted(set(column(own, "layer")))}
-                for side, key in (("real", "amplification"), ("null", "null.amplification")):
-                    line[side] = [np.mean(column(where(own, layer=n), key)) for n in line["x"]]
+                line |= {"real": [], "null": []}
+                for layer in line["x"]:                 # which may have two of one target
+                    here = where(own, layer=layer)
+                    line["real"].append(np.mean(column(here, "amplification")))
+                    line["null"].append(np.mean(column(here, "null.amplification")))
                 lines.append(line)
     layers = sorted(set(column(records, "layer")))
     show.figure(out / "amplification.png", "Amplification ‖ΔW‖ / ‖UᵀWV‖ in the directions of ΔW",

@@ -39,9 +39,9 @@ def load(paths, device="cpu", base=None, alpha=None):
         else:
             for name in sorted(c.adapter["tensors"], key=layer_of):
                 own, scale = c.adapter["tensors"][name], c.adapter["scale"][name]
-                c.scaled = scale is not None
-                B = own["B"] * scale if c.scaled else own["B"]
+                B = own["B"] * (1 if scale is None else scale)
                 c.delta[name] = B.to(device), own["A"].to(device)
+                c.scaled &= scale is not None
         found.append(c)
     for c in found:
         c.W = W

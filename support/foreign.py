@@ -48,11 +48,8 @@ def read(path):
 def as_run(saved, path, alpha=None):
     """What a checkpoint holds, of such tensors; the scale is None where nothing says α.
     Raises OSError or ValueError where they are not a whole LoRA."""
-    if {"layer", "tensors", "scale", "base"} <= saved.keys():   # lora.state_dict(model), by hand
-        size = sum(t.numel() for own in saved["tensors"].values() for t in own.values())
-        method = saved["layer"].removesuffix("Linear").lower()
-        return RUN | {"settings": SETTINGS | {"method": method, "model": None}, "adapter": saved,
-                      "base": saved["base"], "parameters": size}
+    if {"layer", "tensors", "scale", "base"} <= saved.keys():
+        return of_state_dict(saved)
     saved = saved.get("model_state_dict", saved)                # as LoRA's own script saves it
     config, layers, others = {"lora_alpha": alpha}, {}, []
     for key, t in saved.items():
@@ -79,7 +76,18 @@ def as_run(saved, path, alpha=None):
                   "others": others, "parameters": size}
 
 
+def of_state_dict(adapter):
+    """The same of a lora.state_dict(model) that was saved by hand."""
+    size = 0
+    for own in adapter["tensors"].values():
+        size += sum(t.numel() for t in own.values())
+    settings = {"model": None, "method": adapter["layer"].removesuffix("Linear").lower()}
+    return RUN | {"settings": SETTINGS | settings, "adapter": adapter, "base": adapter["base"],
+                  "parameters": size}
+
+
 def peft_config(path):
+    """What peft says of an adapter. Raises OSError, or ValueError where that is not LoRA alone."""
     try:
         config = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as e:
