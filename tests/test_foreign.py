@@ -270,3 +270,98 @@ def test_evaluate_refuses_what_is_not_whole(folder, argv, message, capsys):
         evaluate.main([*argv.split(), "--device", "cpu"])
     err = capsys.readouterr().err
     assert re.search(message, err) and err.count("\n") == 1, err
+
+
+def test_names_have_gpt2s_prefix_or_not_and_numbers_that_are_no_layers(folder):
+    peft(folder, "bare", {key.replace("transformer.", ""): t for key, t in PEFT.items()})
+    assert deltas("bare").keys() == deltas("theirs").keys()
+    assert changes.layer_of("model.layers.2.mlp.experts.5.w1") == 2
+
+
+@pytest.mark.parametrize("config", [
+    {"target_parameters": ["w"]}, {"lora_bias": True}, {"use_qalora": True}, {"use_bdlora": [1]},
+    {"kasa_config": [1]}, {"layer_replication": [[0, 1]]}, {"alora_invocation_tokens": [1]},
+    {"init_lora_weights": "OLoRA"}, {"init_lora_weights": "corda"}, {"init_lora_weights": "loftq"}])
+def test_what_is_more_than_lora_is_refused(folder, config):
+    peft(folder, "odd", **config)
+    with pytest.raises(ValueError, match="not LoRA alone"):
+        changes.load(["odd"])
+
+
+@pytest.mark.parametrize("text", ["null", "3", "[1]"])
+def test_a_config_that_is_none(folder, text):
+    (folder / "theirs" / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match="config of peft"):
+        changes.load(["theirs"])
+
+
+def test_a_pattern_is_of_a_whole_name_and_may_have_alternatives(folder):
+    A, B = (PEFT[f"base_model.model.transformer.h.0.mlp.c_fc.lora_{s}.weight"] for s in "AB")
+    for i, (pattern, alpha) in enumerate([("c_fc|nothing", 2), ("attn|mlp.c", 6), ("mlp|c_f", 6)]):
+        peft(folder, f"alternatives{i}", alpha_pattern={pattern: 2})
+        want = alpha / R * B.double() @ A.double()
+        close(deltas(f"alternatives{i}")["h.0.mlp.up"], want, 1e-6)
+
+
+def test_half_precision_and_the_folder_one_is_in(folder, monkeypatch):
+    peft(folder, "half", {key: t.bfloat16() for key, t in PEFT.items()})
+    c, = changes.load(["half"])
+    assert c.parameters == sum(t.numel() for t in PEFT.values())
+    analyze.main(["half", "--base", "some.pt"])
+    monkeypatch.chdir("half")
+    assert changes.load(["."])[0].label == "half"
+
+
+def test_of_two_adapters_one_has_no_alpha(folder, capsys):
+    found = analyze.main("theirs loralib.pt --base base.pt".split())
+    for record in found["records"]:
+        for part in (record, record["null"]):
+            known = record["checkpoint"] == "theirs"
+            assert ("amplification" in part) == ("delta" in part) == known
+    assert {line["checkpoint"] for line in found["intruders"]} == {"theirs"}
+    assert {line["checkpoint"] for line in found["directions"]} == {"theirs", "loralib"}
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_w_of_one_and_alpha_of_the_other_are_not_enough(folder, capsys):
+    mlp = {key: t for key, t in PEFT.items() if "mlp" in key}
+    peft(folder, "mlp", mlp)
+    found = analyze.main("mlp loralib.pt --base some.pt".split())
+    assert "directions" in found and not {"amplification", "intruders"} & found.keys()
+    assert "--alpha" in capsys.readouterr().out
+
+
+def test_what_is_no_lora_of_a_file_is_named(folder, capsys):
+    peft(folder, "more", PEFT | {"classifier.weight": matrix(2, 2)})
+    analyze.main(["more", "--study", "spectrum"])
+    out = capsys.readouterr().out
+    assert "left out  1 tensors of more, such as classifier.weight" in out
+    assert "amplification" not in out and "results" not in out
+
+
+def test_seeds_of_other_ranks_are_none_and_a_delta_of_zero_is_refused(folder):
+    peft(folder, "run-seed0")
+    peft(folder, "run-seed1", lora_alpha=7)
+    with pytest.raises(ValueError, match="have one name"):
+        changes.load(["run-seed0", "run-seed1"])
+    orthogonal = torch.zeros(2, C), torch.zeros(C, 2)           # neither is 0, but their product
+    orthogonal[0][0], orthogonal[1][:, 1] = 1, 1
+    torch.save({"h.0.x.lora_A": orthogonal[0], "h.0.x.lora_B": orthogonal[1]}, "zero.pt")
+    with pytest.raises(SystemExit, match="2"):
+        analyze.main(["zero.pt"])
+
+
+def test_the_amplification_of_a_layer_is_the_mean_of_its_matrices(folder, monkeypatch):
+    saved, lines = {}, []
+    for i, name in enumerate(["encoder.0.v", "decoder.0.v", "decoder.1.v"]):
+        for j, (side, shape) in enumerate((("A", (R, C)), ("B", (C, R)))):
+            saved[f"base_model.model.{name}.lora_{side}.weight"] = matrix(*shape, seed=2 * i + j)
+    peft(folder, "t5", saved)
+    W = {key[17:].split(".lora_")[0] + ".weight": matrix(C, C, seed=9) for key in saved}
+    torch.save(W, "W.pt")
+    monkeypatch.setattr(analyze.show, "figure", lambda path, title, drawn, **_: lines.extend(drawn))
+    found = analyze.main(["t5", "--base", "W.pt", "--study", "amplification"])
+    line, = lines
+    values = [record["amplification"] for record in found["records"]]
+    assert line["x"] == [0, 1]
+    assert line["real"] == pytest.approx([(values[0] + values[1]) / 2, values[2]])
