@@ -61,8 +61,10 @@ def results(before, after):
 
 
 def scores(path):
-    """What score.py found of a checkpoint, and of its base."""
-    row = {}
+    """What measure.py found of a checkpoint, or score.py, and of its base."""
+    row, test = {}, path.with_name(f"{path.stem}-test.json")
+    if test.exists():
+        row = {f"test.{name}": value for name, value in json.loads(test.read_text()).items()}
     for when in ("score", "untrained"):
         file = path.with_name(f"{path.stem}-{when}.json")
         if file.exists():

@@ -80,7 +80,9 @@ def main(argv=None):
     device = command.pick_device("cpu")
     for path in args.checkpoints[i::n]:
         out = path.with_name(f"{path.stem}-test.json")
-        known = json.loads(out.read_text()) if out.exists() else {}
+        known = {}
+        if out.exists() and out.stat().st_mtime > path.stat().st_mtime:
+            known = json.loads(out.read_text())
         if not known or args.skills and "skills.exact" not in known:
             row = measure(path, args.skills, device)
             out.write_text(json.dumps(row, indent=1) + "\n")

@@ -1,16 +1,19 @@
 """
 Other ranks of as many parameters as those that AutoLoRA found, for train.py --ranks:
 
-    python experiments/ranks.py FOUND.pt uniform|random|shuffled SEED OUT.pt
+    python experiments/ranks.py FOUND.pt uniform|random|shuffled|chance SEED OUT.pt
 
 uniform     the same rank everywhere, but for what does not divide
 random      any ranks from 1 to k
 shuffled    the found ranks, dealt out anew among the matrices of one shape: if these do as well,
             the search has not found where the rank is needed
+chance      what a search that has learned nothing would find: with every β a small random number
+            about half of the k candidates reach 1/k; of another number of parameters
 
 The first two stay below the found ranks' number of parameters by less than one more rank costs.
 """
 import argparse
+import math
 import random
 import sys
 from pathlib import Path
@@ -58,11 +61,21 @@ def spend(ranks, most, budget, cost, dice):
         ranks[dice.choice(fit)] += 1
 
 
+def chance_ranks(found, k, dice):
+    new = {}
+    for name in found:
+        a = [math.exp(1e-3 * dice.gauss(0, 1)) for _ in range(k)]
+        new[name] = max(1, sum(each >= sum(a) / k for each in a))
+    return new
+
+
 def deal(found, kind, cost, k, dice):
-    """{name: rank} of that kind, of as many parameters as {name: rank} `found`."""
+    """{name: rank} of that kind, but for chance of as many parameters as those `found`."""
     budget = spent(found, cost)
     if kind == "shuffled":
         return shuffled(found, cost, dice)
+    if kind == "chance":
+        return chance_ranks(found, k, dice)
     if kind == "random":
         return spend(random_ranks(found, k, dice), k, budget, cost, dice)
     low = budget // sum(cost.values())
@@ -73,7 +86,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("found", help="a finished run of --method autolora")
-    p.add_argument("kind", choices=("uniform", "random", "shuffled"))
+    p.add_argument("kind", choices=("uniform", "random", "shuffled", "chance"))
     p.add_argument("seed", type=int)
     p.add_argument("out", type=Path, help="an adapter of the new ranks, untrained")
     args = p.parse_args(argv)

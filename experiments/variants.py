@@ -7,8 +7,8 @@ learned-s       LoRA whose α/r is learned: one of MultiLoRA's three changes alo
 random-b        LoRA whose B starts at random too, which is then off the base at the start: another
 fixed-scale     LoRA of any ranks whose scale is α/k, k = 8, not α/r: in AutoLoRA a layer's rank
                 changes its scale as well
-shuffled-rows   AutoLoRA, whose β learns from rows with the answers of other rows: the null of the
-                whole search
+shuffled-rows   --method autolora, whose β learns from rows with the answers of other rows: the null
+                of the whole search
 """
 import math
 import random
@@ -80,7 +80,6 @@ def main(argv):
         train.METHODS["lora"] = (LAYERS[kind], own, *rates)
     elif kind == "shuffled-rows":
         data.halves = shuffled_halves
-        flags = ["--method", "autolora", *flags]
     else:
         sys.exit(__doc__)
     try:

@@ -1,22 +1,84 @@
 """
-The rule that decides a claim, fixed before its runs were looked at:
+The rule that decides a claim, fixed before nano.sh's runs were looked at:
 
     one number a seed for each of two groups of runs, paired by seed; d, the differences in the
     direction of the claim; their mean with its 95 % confidence interval (Student), and p
 
     holds               the interval is above 0
-    does not hold here  it is below 0, or within ± δ: there is no gain worth δ
-    undecided           neither: more seeds are needed, up to 20
+    does not hold here  it is below δ: there is no gain worth δ
+    undecided           neither
 
-δ is 0.01 of exact match, or the measure's own. A claim of "no worse than" adds δ to d. Over all
-claims Holm's correction says which p would stand beside the others.
+δ is 0.01 of exact match, or the measure's own. A claim of "no worse" has the interval above -δ to
+hold, and below -δ not to. A claim of "equal" has it within ± δ to hold, and outside not to. What is
+undecided after ten seeds gets ten more, once. Holm's correction, over all claims, says which p
+would stand beside the others.
 """
 import math
+from dataclasses import dataclass
 from statistics import mean, stdev
 
 import numpy as np
 
 DELTA = 0.01
+
+
+@dataclass
+class Claim:
+    """That the numbers `ours` are larger than `control`: one a seed, paired by seed."""
+    name: str                   # in a few words
+    groups: str                 # "exact match, LoRA and full fine-tuning"
+    ours: list
+    control: list
+    delta: float = DELTA
+    smaller: bool = False       # claimed is that ours are smaller, as losses should be
+    kind: str = "better"        # or "no worse", or "equal"
+
+    def gains(self):
+        """How much ours are on the claim's side of control, seed by seed."""
+        sign = -1 if self.smaller else 1
+        return [sign * (a - b) for a, b in zip(self.ours, self.control, strict=True)]
+
+    def interval(self):
+        """(mean gain, lowest, highest)"""
+        center, half = interval(self.gains())
+        return center, center - half, center + half
+
+    def verdict(self):
+        _, low, high = self.interval()
+        if self.kind == "equal":
+            holds = -self.delta < low and high < self.delta
+            fails = low > self.delta or high < -self.delta
+        elif self.kind == "no worse":
+            holds, fails = low > -self.delta, high < -self.delta
+        else:
+            holds, fails = low > 0, high < self.delta
+        if holds:
+            return "holds"
+        return "does not hold here" if fails else "undecided"
+
+    def p(self):
+        """Of a mean gain of 0, or of "no worse" of -δ (two-sided); of "equal" the larger of two."""
+        gains = self.gains()
+        if self.kind == "better":
+            return p_of(gains)
+        limits = [-self.delta] if self.kind == "no worse" else [-self.delta, self.delta]
+        return max(p_of([gain - limit for gain in gains]) for limit in limits)
+
+
+@dataclass
+class Ratio:
+    """That a ratio of bench.py is below a limit. In the place of seeds stand its rounds: the claim
+    holds where their quartiles do."""
+    name: str
+    groups: str
+    value: float
+    quartiles: tuple
+    limit: float
+
+    def verdict(self):
+        if max(self.quartiles) < self.limit:
+            return "holds"
+        return "undecided" if min(self.quartiles) < self.limit else "does not hold here"
 
 
 def student_cdf(t, df):
@@ -42,25 +104,26 @@ def student_quantile(df, share=0.975):
     return middle
 
 
-def interval(differences):
-    """(mean, half the width of its 95 % confidence interval, two-sided p of a mean of 0)."""
-    n, center = len(differences), mean(differences)
-    error = stdev(differences) / math.sqrt(n)
+def standard_error(values):
+    return stdev(values) / math.sqrt(len(values))
+
+
+def interval(values):
+    """(mean, half the width of its 95 % confidence interval); of one value that is infinite."""
+    if len(values) < 2:
+        return values[0], math.inf
+    return mean(values), student_quantile(len(values) - 1) * standard_error(values)
+
+
+def p_of(values):
+    """Two-sided p of a mean of 0."""
+    if len(values) < 2:
+        return 1.0
+    error = standard_error(values)
     if error == 0:
-        return center, 0.0, float(center == 0)
-    p = 2 * (1 - student_cdf(abs(center) / error, n - 1))
-    return center, student_quantile(n - 1) * error, p
-
-
-def verdict(differences, delta=DELTA):
-    """"holds", "does not hold here" or "undecided", of one difference a seed."""
-    center, half, _ = interval(differences)
-    low, high = center - half, center + half
-    if low > 0:
-        return "holds"
-    if high < 0 or (-delta < low and high < delta):
-        return "does not hold here"
-    return "undecided"
+        return float(mean(values) == 0)
+    t = min(abs(mean(values)) / error, 1000)            # beyond, the sum below has no digits left
+    return max(0.0, 2 * (1 - student_cdf(t, len(values) - 1)))
 
 
 def holm(ps):
