@@ -7,7 +7,8 @@
 #                               $RESULTS/NAME*.csv
 #
 # $JOBS runs at a time share the cores. A run's output is in $DIR/NAME.log. A run that was stopped
-# goes on from its last checkpoint at the next call; $DIR/NAME.done marks one that has ended.
+# goes on from its last checkpoint at the next call; $DIR/NAME.done marks one that has ended, and
+# $DIR/NAME.flags says by which flags it was begun: under others it is not taken for the same run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 CORES=$(getconf _NPROCESSORS_ONLN)
@@ -19,7 +20,12 @@ started=()
 trap 'kill $(jobs -rp) 2>/dev/null || true; wait' EXIT
 
 run() {
-    local out="$DIR/$1.pt"
+    local out="$DIR/$1.pt" flags="${TRAIN:-} ${FLAGS:-} ${*:2}"
+    if [ -s "$out" ] && [ -f "$DIR/$1.flags" ] && [ "$(<"$DIR/$1.flags")" != "$flags" ]; then
+        echo "$out was begun with other flags, $(<"$DIR/$1.flags"): move it away" >&2
+        exit 1
+    fi
+    echo "$flags" >"$DIR/$1.flags"
     if [ -f "$DIR/$1.done" ]; then return; fi
     while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
     echo "$(date +%T) $1"
