@@ -73,9 +73,11 @@ def rank_table(found):
         layer, _, target = name.rpartition(".")
         grid.setdefault(layer.rpartition(".")[0], {})[target] = rank
     targets = list(dict.fromkeys(name.split(".")[-1] for name in found))
-    lines = ["ranks           " + "".join(f"{t:>6}" for t in targets)]
+    first = max(15, *map(len, grid))
+    lines = ["ranks".ljust(first) + "".join(f" {t:>5}" for t in targets)]
     for layer, row in grid.items():
-        lines.append(f"{layer:16}" + "".join(f"{row.get(t, '-'):>6}" for t in targets))
+        cells = [str(row.get(t, "-")).rjust(max(5, len(t))) for t in targets]
+        lines.append(" ".join([layer.ljust(first), *cells]))
     return "\n".join(lines)
 
 

@@ -201,7 +201,8 @@ def search(path, title, ranks, steps, a):
     box = {"color": "white", "alpha": 0.6, "pad": 1}
     for (row, at), rank in np.ndenumerate(grid):
         left.text(at, row, rank, ha="center", va="center", fontsize=7, bbox=box)
-    left.set_xticks(range(len(targets)), targets)
+    upright = 90 if max(map(len, targets)) > 5 else 0
+    left.set_xticks(range(len(targets)), targets, rotation=upright)
     left.set_yticks(range(len(layers)), layers)
     left.set_title(plain(title))
     largest = a.amax(-1).numpy()
