@@ -66,7 +66,8 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", type=Path)
     p.add_argument("--data", type=Path, required=True, help="the folder with test.jsonl")
-    p.add_argument("--prompts", type=int, default=200, help="meaning representations (200)")
+    p.add_argument("--prompts", type=int, default=200,
+                   help="meaning representations (200); 0: the losses alone")
     p.add_argument("--text", help="a .txt whose held-out windows are read too")
     p.add_argument("--base", help="the base model, where the checkpoint does not say")
     p.add_argument("--alpha", type=float, help="α of an adapter of loralib")
@@ -78,7 +79,7 @@ def main(argv=None):
 
 def measure(args):
     refs = references(args.data / "test.jsonl")
-    prompts = sorted(refs)[::max(1, len(refs) // args.prompts)][:args.prompts]
+    prompts = sorted(refs)[::max(1, len(refs) // max(1, args.prompts))][:args.prompts]
     changes = {"model": args.base} if args.base else {}
     saved, settings = checkpoint.open_run(args.checkpoint, changes, args.alpha)
     device = command.pick_device()
@@ -91,15 +92,17 @@ def measure(args):
     if args.text:
         task, = data.load([args.text], tok, WINDOW)
         found["text_loss"] = evaluate(model, [task], tok, settings, device)[task.name]["loss"]
-    texts = answers(model, prompts, tok, settings, device)
-    found["bleu"], found["signature"] = bleu(texts, [refs[prompt] for prompt in prompts])
-    found["slots"] = slots_named(prompts, texts)
-    found["texts"] = dict(zip(prompts, texts))
+    if prompts:
+        texts = answers(model, prompts, tok, settings, device)
+        found["bleu"], found["signature"] = bleu(texts, [refs[prompt] for prompt in prompts])
+        found["slots"] = slots_named(prompts, texts)
+        found["texts"] = dict(zip(prompts, texts))
     end = "untrained" if args.untrained else "score"
     out = args.checkpoint.with_name(f"{args.checkpoint.stem}-{end}.json")
     out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    print(f"{out}: loss {found['valid_loss']:.3f}, BLEU {found['bleu']:.1f}, "
-          f"{100 * found['slots']:.1f} % of values named")
+    print(f"{out}: loss {found['valid_loss']:.3f}")
+    if prompts:
+        print(f"BLEU {found['bleu']:.1f}, {100 * found['slots']:.1f} % of values named")
 
 
 if __name__ == "__main__":
