@@ -7,6 +7,7 @@ from itertools import combinations
 from statistics import correlation, mean, stdev
 
 from adapters import of_claim
+import smollm_claims
 from results import (BENCH, ahead, column, over_seeds, planted_ranks, quartiles, read_csv, seeds,
                      spread, where)
 
@@ -257,12 +258,21 @@ def of_autolora():
     ]
 
 
+def of_today():
+    """Tested on SmolLM2 alone."""
+    says = ("LoRA forgets less (2405.09673)",
+            "LoRA brings intruder dimensions, more than chance (2410.21228)",
+            "and full fine-tuning fewer (same)")
+    return [(claim, "", "", "", "smollm.sh") for claim in says]
+
+
 def claims():
-    """[(method, claim, here, control, verdict, others' adapters, script)]"""
+    """[(method, claim, here, control, verdict, on SmolLM2, others' adapters, script)]"""
     rows = []
     for method, found in (("LoRA", of_lora() + of_lora_weights()), ("MultiLoRA", of_multilora()),
-                          ("AutoLoRA", of_autolora())):
+                          ("AutoLoRA", of_autolora()), ("asked today", of_today())):
         for claim, here, control, verdict, script in found:
-            rows.append((method, claim, here, control, verdict, of_claim(claim), script))
+            rows.append((method, claim, here, control, verdict, smollm_claims.of_claim(claim),
+                         of_claim(claim), script))
             method = ""
     return rows

@@ -3,6 +3,7 @@ The results in experiments/results, as tables.py, claims.py and figures.py need 
 """
 import csv
 import json
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -13,8 +14,13 @@ EXACT, LOSS = "mean.exact.after", "mean.loss.after"
 
 def read_csv(file):
     """[{column: value}] of a CSV's rows, without their empty cells."""
+    return rows_of(RESULTS / file)
+
+
+@cache
+def rows_of(path):
     rows = []
-    with open(RESULTS / file, newline="") as f:
+    with open(path, newline="") as f:
         for line in csv.DictReader(f):
             row = {}
             for column, text in line.items():
@@ -22,10 +28,6 @@ def read_csv(file):
                     row[column] = number(text)
             rows.append(row)
     return rows
-
-
-def read_runs(file):
-    return {run["name"]: run for run in read_csv(file)}
 
 
 def number(text):
@@ -42,7 +44,6 @@ def read_json(file):
     return json.loads((RESULTS / file).read_text())
 
 
-NANO, E2E = read_runs("nano_runs.csv"), read_runs("e2e_runs.csv")
 BENCH = read_json("bench_cpu.json")
 PLANTED_RANKS = (0, 1, 2, 4, 6)
 
@@ -52,19 +53,29 @@ def where(rows, **wanted):
     return [row for row in rows if wanted.items() <= row.items()]
 
 
-def seeds(name):
-    """nano's runs of a name, in the order of their seeds."""
-    found = []
-    while f"{name}-seed{len(found)}" in NANO:
-        found.append(NANO[f"{name}-seed{len(found)}"])
-    if len(found) < 3:
-        raise KeyError(f"{name}: three seeds are wanted at least, and there are {len(found)}")
+def runs(file="nano_runs.csv"):
+    return {run["name"]: run for run in read_csv(file)}
+
+
+def names(start, file="nano_runs.csv"):
+    """What the runs whose names start so are called, without their seeds."""
+    found = [name.rpartition("-seed")[0] for name in runs(file) if name.startswith(start)]
+    return list(dict.fromkeys(found))
+
+
+def seeds(name, file="nano_runs.csv"):
+    """The runs of a name, in the order of their seeds. Raises KeyError where there are none."""
+    found, known = [], runs(file)
+    while f"{name}-seed{len(found)}" in known:
+        found.append(known[f"{name}-seed{len(found)}"])
+    if not found:
+        raise KeyError(f"{file} has no {name}-seed0")
     return found
 
 
-def column(name, of=EXACT):
+def column(name, of=EXACT, file="nano_runs.csv"):
     """One column of the runs of a name."""
-    return [run[of] for run in seeds(name)]
+    return [run[of] for run in seeds(name, file)]
 
 
 def spread(values, digits=3):
@@ -91,6 +102,15 @@ def quartiles(row, digits=3):
     """Of one of bench.py's ratios."""
     low, high = row["quartiles"]
     return f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+def of_study(file, name, what, over=None, **wanted):
+    """Of each seed, the mean over the matrices of a measure, or of its ratio to another."""
+    groups = {}
+    for row in where(read_csv(file), checkpoint=name, **wanted):
+        value = row[what] / row[over] if over else row[what]
+        groups.setdefault(row["seed"], []).append(value)
+    return [mean(groups[seed]) for seed in sorted(groups)]
 
 
 def planted_ranks(search, step):

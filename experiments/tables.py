@@ -5,13 +5,14 @@ that <!-- name --> and <!-- end --> mark:
     python experiments/tables.py
 """
 import re
+import textwrap
 from functools import partial
 from statistics import mean
 
 import adapters
 from claims import claims
-from results import (BENCH, E2E, EXACT, LOSS, NANO, PLANTED_RANKS, RESULTS, ROOT, ahead, over_seeds,
-                     planted_ranks, quartiles, read_csv, read_json, seeds, spread)
+from results import (BENCH, EXACT, LOSS, PLANTED_RANKS, RESULTS, ROOT, ahead, column, over_seeds,
+                     planted_ranks, quartiles, read_csv, read_json, runs, seeds, spread)
 
 READMES = (ROOT / "README.md", ROOT / "experiments" / "README.md")
 TASKS = ("instruct", "arith", "infer", "facts", "data2text")
@@ -27,6 +28,7 @@ def table(head, lines):
 
 def all_claims():
     return table(("method", "claim", "here", "control", "verdict",
+                  "SmolLM2-135M on real text",
                   "adapters that others trained (Gaussians)", "made by"), claims())
 
 
@@ -40,7 +42,7 @@ def others():
 def methods():
     lines = []
     for task in (*TASKS, "mean"):
-        line = [task, f"{NANO['lora-seed0'][f'{task}.exact.before']:.3f}"]
+        line = [task, f"{runs()['lora-seed0'][f'{task}.exact.before']:.3f}"]
         for name in ("lora", "multilora", "autolora", "full"):
             line.append(over_seeds(name, f"{task}.exact.after"))
         lines.append(line)
@@ -51,7 +53,7 @@ def methods():
 def tried_rates(method, what="lr"):
     """{learning rate: mean exact match} of seed 0; `what` may be β's, "beta_lr"."""
     name = re.compile(rf"{method}(-{what}\de-\d)?(-seed0)?")
-    return {run[what]: run[EXACT] for run in NANO.values() if name.fullmatch(run["name"])}
+    return {run[what]: run[EXACT] for run in runs().values() if name.fullmatch(run["name"])}
 
 
 def learning_rates():
@@ -144,33 +146,62 @@ def intruders():
                   "full fine-tuning"), lines)
 
 
-# Real text ---------------------------------------------------------------------------------------
+# SmolLM2 on real text ----------------------------------------------------------------------------
 
-def real_text():
+SMOLLM = "smollm_runs.csv"
+SCORES = (("valid_loss", 3, 1), ("bleu", 1, 1), ("slots", 1, 100), ("text_loss", 3, 1))
+
+
+def smollm_scores():
+    """E2E: each method, and the model before."""
+    base = runs(SMOLLM)["lora-seed0"]
+    lines = [["before", "", ""]]
+    for score, digits, unit in SCORES:
+        lines[0].append(f"{unit * base[f'untrained.{score}']:.{digits}f}")
+    for label, name in (("LoRA", "lora"), ("MultiLoRA, n = 4", "multilora"),
+                        ("AutoLoRA, k = 16", "autolora"), ("full fine-tuning", "full")):
+        own = seeds(name, SMOLLM)
+        line = [label, f"{own[0]['lr']:g}", spread([run["parameters"] for run in own], 0)]
+        for score, digits, unit in SCORES:
+            values = [unit * run[f"score.{score}"] for run in own]
+            line.append(spread(values, digits))
+        lines.append(line)
+    return table(("E2E", "learning rate", "trained", "loss", "BLEU", "values named, %",
+                  "loss on novels"), lines)
+
+
+def smollm_rates():
     lines = []
-    for base, name in (("A", "lora-A"), ("B", "lora-B"), ("B", "multilora-B"), ("B", "autolora-B"),
-                       ("B", "full-B"), ("nano (loss per byte)", "lora-nano"),
-                       ("nano", "full-nano")):
-        run = E2E[name]
-        trained = "all" if run["method"] == "full" else f"{run['parameters']:,}"
-        steps = f"{run['steps']} × {run['batch_size']}"
-        if "search_steps" in run:
-            steps = f"{run['search_steps']} (search), {steps}"
-        losses = [f"{run[f'e2e.loss.{when}']:.3f}" for when in ("before", "after")]
-        lines.append((base, run["method"], trained, steps, *losses))
-    return table(("base", "method", "trained", "steps × rows", "loss before", "after"), lines)
+    for method in ("lora", "multilora", "autolora", "full"):
+        found = {}
+        for run in runs(SMOLLM).values():
+            if run["name"].startswith(f"sweep-{method}-"):
+                found[run["lr"]] = run["mean.loss.after"]
+        rates = [f"{lr:g}: {found[lr]:.3f}" for lr in sorted(found)]
+        lines.append((method, ", ".join(rates)))
+    return table(("method", "learning rate: loss on 32 rows after 60 steps"), lines)
 
 
-def four_tasks():
-    run, lines = E2E["four-B"], []
-    for task in run["data"].split():
-        found = [run[f"{task}.{what}"] for what in ("loss.before", "loss.after", "exact.after")]
-        lines.append((task, *(f"{value:.3f}" for value in found)))
-    return table(("task", "loss before", "after", "exact match"), lines)
+def smollm_mixture():
+    lines = []
+    for task in ("e2e", "cola", "wic", "rte", "copa", "mean"):
+        line = [task]
+        for measure in ("loss", "exact"):
+            line.append(f"{runs(SMOLLM)['lora-mixture-seed0'][f'{task}.{measure}.before']:.3f}")
+            for name in ("lora", "multilora"):
+                values = column(f"{name}-mixture", f"{task}.{measure}.after", SMOLLM)
+                line.append(spread(values))
+        lines.append(line)
+    return table(("task", "loss before", "LoRA", "MultiLoRA", "exact match before", "LoRA",
+                  "MultiLoRA"), lines)
 
 
-def samples(name):
-    return indented("\n".join(read_json("e2e_samples.json")[name]))
+def smollm_samples(last=0):
+    """Prompts and answers of LoRA's seed 0: all of them, or the last."""
+    lines = []
+    for line in read_json("smollm_samples.json")["lora-seed0"][-2 * last:]:
+        lines.append(textwrap.fill(line, 92, subsequent_indent=7 * " "))
+    return indented("\n".join(lines))
 
 
 # Speed -------------------------------------------------------------------------------------------
@@ -212,13 +243,12 @@ def indented(text):
 
 
 BLOCKS = {f.__name__: f for f in (methods, learning_rates, ranks, targets, blocks, single,
-                                  found_ranks, planted, intruders, real_text, four_tasks, steps,
-                                  latency, generation, others)}
-BLOCKS["claims"] = all_claims
-for name in ("nano_methods", "nano_subspaces", "last_screen"):
+                                  found_ranks, planted, intruders, smollm_scores, smollm_rates,
+                                  smollm_mixture, smollm_samples, steps, latency, generation,
+                                  others)}
+BLOCKS |= {"claims": all_claims, "smollm_sample": partial(smollm_samples, last=1)}
+for name in ("nano_methods", "nano_subspaces", "smollm_methods", "last_screen"):
     BLOCKS[name] = partial(printed, name)
-for name in ("lora-B", "full-nano"):
-    BLOCKS[f"samples_{name}"] = partial(samples, name)
 
 
 def fill(text):
