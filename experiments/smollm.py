@@ -136,6 +136,8 @@ def main():
     door, *argv = sys.argv[1:] or [""]
     if door not in doors:
         sys.exit(__doc__)
+    if "--model" in argv:
+        sys.exit(f"smollm.py: the model is {NAME}: leave out --model")
     if door == "train" and "--resume" not in argv:
         argv += ["--model", NAME]
     checkpoint.base_model = lambda name: SmolLM()
