@@ -260,9 +260,8 @@ def of_autolora():
 
 def of_today():
     """Tested on SmolLM2 alone."""
-    says = ("LoRA forgets less (2405.09673)",
-            "LoRA brings intruder dimensions, more than chance (2410.21228)",
-            "and full fine-tuning fewer (same)")
+    says = ("ranks found are no worse than the full rank everywhere (not AutoLoRA's claim)",
+            "LoRA forgets less (2405.09673, of benchmarks and long training)")
     return [(claim, "", "", "", "smollm.sh") for claim in says]
 
 
@@ -270,7 +269,7 @@ def claims():
     """[(method, claim, here, control, verdict, on SmolLM2, others' adapters, script)]"""
     rows = []
     for method, found in (("LoRA", of_lora() + of_lora_weights()), ("MultiLoRA", of_multilora()),
-                          ("AutoLoRA", of_autolora()), ("asked today", of_today())):
+                          ("AutoLoRA", of_autolora()), ("later papers", of_today())):
         for claim, here, control, verdict, script in found:
             rows.append((method, claim, here, control, verdict, smollm_claims.of_claim(claim),
                          of_claim(claim), script))
