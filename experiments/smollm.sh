@@ -32,7 +32,9 @@ score() {                                   # as `run`, for score.py: score NAME
     if [ ! -f $DIR/$1-score.json ]; then
         while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
         echo "$(date +%T) scores of $1"
-        $SMOLLM score $DIR/$1.pt --data $E2E --text $NOVELS --prompts $2 >>$DIR/$1.log 2>&1 &
+        started+=("$1-score")
+        { $SMOLLM score $DIR/$1.pt --data $E2E --text $NOVELS --prompts $2 \
+            >>$DIR/$1-score.log 2>&1 && touch $DIR/$1-score.done; } &
     fi
 }
 
@@ -74,7 +76,7 @@ finish
 for seed in 0 1; do
     for name in qv-r1 qv-r4 qv-r16 qv-r64 all-r1 attention mlp; do score lora-$name-seed$seed 0; done
 done
-wait
+finish
 $SMOLLM score $DIR/lora-seed0.pt --untrained --data $E2E --text $NOVELS --prompts $TEXTS
 python experiments/collect.py $DIR $RESULTS/smollm_runs.csv --samples $RESULTS/smollm_samples.json
 

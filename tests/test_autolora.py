@@ -216,3 +216,10 @@ def test_parts_and_dropout_do_not_change_what_is_computed():
 def test_a_hypergradient_that_does_not_exist():
     with pytest.raises(ValueError, match="second: choose from exact central forward first-order"):
         Problem().search(0.5, "second")
+
+
+def test_the_table_keeps_long_names_apart():
+    found = {"model.layers.10.mlp.down_proj": 12, "model.layers.10.mlp.gate_proj": 3}
+    head, row = autolora.rank_table(found).splitlines()
+    assert head.split() == ["ranks", "down_proj", "gate_proj"]
+    assert row.split() == ["model.layers.10", "12", "3"] and len(head) == len(row)

@@ -124,3 +124,10 @@ def test_texts_of_one_meaning_are_its_references(tmp_path):
     file = tmp_path / "test.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     assert score.references(file) == {"a": ["x", "z"], "b": ["y"]}
+
+
+def test_chance_finds_half_of_the_candidates():
+    found = ranks.deal(dict.fromkeys(range(2000), 3), "chance", dict.fromkeys(range(2000), 1), 16,
+                       random.Random(0))
+    mean = sum(found.values()) / len(found)
+    assert 7.8 < mean < 8.2 and min(found.values()) < 6 and max(found.values()) > 10
