@@ -19,6 +19,7 @@ def test_an_interval_and_p_of_a_textbook():
     center, half = interval(SLEEP)
     assert (center, center - half, p_of(SLEEP)) == pytest.approx((1.58, 0.7001, 0.002833), abs=1e-4)
     assert p_of([1.0, 1.0 + 1e-9, 1.0 - 1e-9]) == pytest.approx(0, abs=1e-5)
+    assert p_of([1 + 1e-5 * i for i in range(10)]) == pytest.approx(0, abs=1e-9)
     assert interval([0.3]) == (0.3, float("inf")) and p_of([0.3]) == 1
 
 
@@ -54,7 +55,8 @@ def test_p_is_of_what_is_claimed():
     assert of(SLEEP).p() == pytest.approx(0.002833, abs=1e-4)
     shifted = [gain - DELTA for gain in SLEEP]
     assert of(shifted, kind="no worse").p() == pytest.approx(0.002833, abs=1e-4)
-    assert of(SLEEP, kind="equal", delta=1.58).p() == pytest.approx(1, abs=1e-4)
+    for gains in (SLEEP, [-gain for gain in SLEEP]):                # at either limit
+        assert of(gains, kind="equal", delta=1.58).p() == pytest.approx(1, abs=1e-4)
 
 
 def test_holms_correction():
