@@ -134,7 +134,7 @@ def main():
     doors = {"train": train.main, "evaluate": evaluate.main, "analyze": analyze.main,
              "score": score.main, "check": lambda argv: check(*argv)}
     door, *argv = sys.argv[1:] or [""]
-    if door not in doors:
+    if door not in doors or (door == "check" and len(argv) != 1):
         sys.exit(__doc__)
     if "--model" in argv:
         sys.exit(f"smollm.py: the model is {NAME}: leave out --model")
