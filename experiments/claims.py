@@ -261,7 +261,9 @@ def of_autolora():
 def of_today():
     """Tested on SmolLM2 alone."""
     says = ("ranks found are no worse than the full rank everywhere (not AutoLoRA's claim)",
-            "LoRA forgets less (2405.09673, of benchmarks and long training)")
+            "attention only is worse than MLP only at equal parameters (LoRA Without Regret)",
+            "LoRA forgets less (2405.09673, of benchmarks and long training)",
+            "LoRA brings intruder dimensions, more than chance (2410.21228)")
     return [(claim, "", "", "", "smollm.sh") for claim in says]
 
 

@@ -113,6 +113,17 @@ def of_study(file, name, what, over=None, **wanted):
     return [mean(groups[seed]) for seed in sorted(groups)]
 
 
+def phi(file, pair, which, side="input"):
+    """φ of "first" or of "all" directions: means over the runs of seeds 0 and 1, of 2 and 3 ...,
+    as no seed may count twice."""
+    found = {}
+    for row in where(read_csv(file), pair=pair):
+        seeds = {int(row[run].rpartition("-seed")[2]) for run in "ab"}
+        if min(seeds) % 2 == 0 and max(seeds) == min(seeds) + 1:
+            found.setdefault(min(seeds), []).append(row[f"{side}.{which}"])
+    return [mean(found[seed]) for seed in sorted(found)]
+
+
 def planted_ranks(search, step):
     """For each planted rank, the ranks that planted.py's search found after so many steps."""
     rows, found = where(read_csv("planted.csv"), search=search, step=step), []

@@ -5,12 +5,14 @@ import math
 from itertools import combinations
 from statistics import correlation, mean
 
-from results import column, of_study
+from results import column, of_study, phi
 from verdicts import Claim
 
-RUNS, METHODS = "smollm_runs.csv", "smollm_methods.csv"
+RUNS, METHODS, COUNTS = "smollm_runs.csv", "smollm_methods.csv", "smollm_methods_intruders.csv"
+SUBSPACES, PAIRS = "smollm_subspaces.csv", "smollm_subspaces_pairs.csv"
+R4_AND_R64, R64 = "lora-qv-r4 and lora-qv-r64", "lora-qv-r64 and lora-qv-r64"
 # δ of what is no loss
-OF_SHARE, OF_RATIO = 0.01, 0.1
+OF_PHI, OF_SHARE, OF_RATIO, OF_RANK, OF_COUNT = 0.05, 0.01, 0.1, 0.2, 0.25
 
 
 def loss(name):
@@ -18,9 +20,14 @@ def loss(name):
     return column(name, "score.valid_loss", RUNS)
 
 
+def of_q(what, name="lora-qv-r4", target="q_proj"):
+    return of_study(SUBSPACES, name, what, target=target)
+
+
 def claims():
     """{name: the claim}"""
-    return {claim.name: claim for claim in [*of_losses(), *of_methods()]}
+    found = [*of_losses(), *of_methods(), *of_subspaces()]
+    return {claim.name: claim for claim in found}
 
 
 def of_losses():
@@ -31,6 +38,11 @@ def of_losses():
     return [
         lower("as good as full", "loss, r = 16 and full", loss("lora"), loss("full"),
               kind="no worse"),
+        lower("q, v: r = 1 enough", "loss on q and v, r = 1 and r = 64", loss("lora-qv-r1"),
+              loss("lora-qv-r64"), kind="no worse"),
+        lower("all: r = 1 enough", "loss on all seven, r = 1 and r = 16", loss("lora-all-r1"),
+              loss("lora")[:2], kind="no worse"),
+        lower("MLP better", "loss, MLP and attention", loss("lora-mlp"), loss("lora-attention")),
         lower("MultiLoRA better", "loss on five tasks, MultiLoRA and LoRA",
               column("multilora-mixture", mixture, RUNS), column("lora-mixture", mixture, RUNS)),
         lower("as good as r = k", "loss, found ranks and 16 everywhere", loss("autolora"),
@@ -47,8 +59,39 @@ def of_methods():
     return [
         Claim("less concentrated", "σ₁ / Σσ, MultiLoRA and LoRA", top1("multilora"), top1("lora"),
               OF_SHARE, smaller=True),
+        Claim("full: less concentrated", "σ₁ / Σσ, full and LoRA", top1("full"), top1("lora"),
+              OF_SHARE, smaller=True),
         Claim("full: less for its rank", "σ₁ / Σσ over its Gaussian's, full and LoRA",
               top1("full", "null.top1"), top1("lora", "null.top1"), OF_RATIO, smaller=True),
+        Claim("intruders", "of the first ten of W + ΔW, LoRA and a Gaussian ΔW",
+              of_study(COUNTS, "lora", "real"), of_study(COUNTS, "lora", "null"), OF_COUNT),
+    ]
+
+
+def of_subspaces():
+    first, every = phi(PAIRS, R4_AND_R64, "first"), phi(PAIRS, R4_AND_R64, "all")
+    by_chance = phi(PAIRS, R4_AND_R64, "all", "random")
+    one_shared = [(1 + 3 * phi) / 4 for phi in by_chance]       # the first of 4 whole, 3 by chance
+    projection, amplification = of_q("projection"), of_q("amplification")
+    half_of_top = [top / 2 for top in of_q("top_W")]
+    gaussian = mean(of_q("null.amplification"))
+    return [
+        Claim("top direction shared", "φ(1, 1) of r = 4 and 64, theirs and random ones'", first,
+              phi(PAIRS, R4_AND_R64, "first", "random"), OF_PHI),
+        Claim("φ above 0.5", "φ(1, 1) and 0.5", first, [0.5] * len(first), OF_PHI),
+        Claim("no others shared", "φ(4, 64), theirs and random ones' with one shared", every,
+              one_shared, OF_PHI, smaller=True, kind="no worse"),
+        Claim("seeds share", "φ(1, 1) of two seeds of r = 64, theirs and random ones'",
+              phi(PAIRS, R64, "first"), phi(PAIRS, R64, "first", "random"), OF_PHI),
+        Claim("r = 64: q over v", "effective rank, q and v",
+              of_q("effective_rank", "lora-qv-r64"),
+              of_q("effective_rank", "lora-qv-r64", "v_proj"), OF_RANK),
+        Claim("more of W than random", "‖UᵀWV‖ at r = 4, ΔW's and a Gaussian's", projection,
+              of_q("null.projection"), OF_PHI),
+        Claim("not W's top", "‖UᵀWV‖, ΔW's and half of W's", projection, half_of_top, OF_PHI,
+              smaller=True),
+        Claim("amplifies", f"‖ΔW‖ / ‖UᵀWV‖ (a Gaussian's: {gaussian:.1f}) and 1", amplification,
+              [1] * len(amplification), 1.0),
     ]
 
 
@@ -56,10 +99,19 @@ def of_methods():
 
 SAME = {    # how a claim of the table begins: what is tested of it here
     "on par with full": ["as good as full"],
-    "LoRA's ΔW is dominated": ["less concentrated", "full: less for its rank"],
+    "r = 1 or 2 is enough": ["q, v: r = 1 enough", "all: r = 1 enough"],
+    "r = 8 and r = 64 share": ["top direction shared", "φ above 0.5"],
+    "and no others": ["no others shared"],
+    "two seeds of r = 64": ["seeds share"],
+    "ΔW_q has a higher rank": ["r = 64: q over v"],
+    "ΔW_q amplifies": ["more of W than random", "not W's top", "amplifies"],
+    "LoRA's ΔW is dominated": ["less concentrated", "full: less concentrated",
+                               "full: less for its rank"],
     "better than LoRA of as many": ["MultiLoRA better"],
     "ranks found are no worse": ["as good as r = k"],
     "LoRA forgets less": ["forgets less"],
+    "attention only is worse": ["MLP better"],
+    "LoRA brings intruder": ["intruders"],
 }
 
 
@@ -70,9 +122,12 @@ def number(value, sign=""):
 def in_words(claim):
     """The two means, how far ours are on the claim's side, the interval, and the verdict."""
     center, low, high = (number(value, "+") for value in claim.interval())
+    within = f"{low} to {high}"
+    if len(claim.ours) == 1:
+        within = "of one couple of seeds"
     means = f"{number(mean(claim.ours))} and {number(mean(claim.control))}"
     asked = f", −{claim.delta:g} allowed" if claim.kind == "no worse" else ""
-    return f"{claim.groups}: {means}; {center} ({low} to {high}{asked}): **{claim.verdict()}**"
+    return f"{claim.groups}: {means}; {center} ({within}{asked}): **{claim.verdict()}**"
 
 
 def ranks_alike():

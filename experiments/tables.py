@@ -182,6 +182,18 @@ def smollm_rates():
     return table(("method", "learning rate: loss on 32 rows after 60 steps"), lines)
 
 
+def smollm_ranks():
+    lines = []
+    for label, r, name in (("q, v", 1, "lora-qv-r1"), ("q, v", 4, "lora-qv-r4"),
+                           ("q, v", 16, "lora-qv-r16"), ("q, v", 64, "lora-qv-r64"),
+                           ("all seven", 1, "lora-all-r1"), ("all seven", 16, "lora"),
+                           ("attention", 33, "lora-attention"), ("MLP", 20, "lora-mlp")):
+        own = seeds(name, SMOLLM)
+        losses = spread([run["score.valid_loss"] for run in own])
+        lines.append((label, r, f"{own[0]['parameters']:,}", losses))
+    return table(("LoRA on", "rank", "trained", "loss"), lines)
+
+
 def smollm_mixture():
     lines = []
     for task in ("e2e", "cola", "wic", "rte", "copa", "mean"):
@@ -244,10 +256,11 @@ def indented(text):
 
 BLOCKS = {f.__name__: f for f in (methods, learning_rates, ranks, targets, blocks, single,
                                   found_ranks, planted, intruders, smollm_scores, smollm_rates,
-                                  smollm_mixture, smollm_samples, steps, latency, generation,
-                                  others)}
+                                  smollm_ranks, smollm_mixture, smollm_samples, steps, latency,
+                                  generation, others)}
 BLOCKS |= {"claims": all_claims, "smollm_sample": partial(smollm_samples, last=1)}
-for name in ("nano_methods", "nano_subspaces", "smollm_methods", "last_screen"):
+for name in ("nano_methods", "nano_subspaces", "smollm_methods", "smollm_subspaces",
+             "last_screen"):
     BLOCKS[name] = partial(printed, name)
 
 
