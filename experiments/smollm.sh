@@ -43,7 +43,7 @@ for lr in 5e-4 1e-3 2e-3 4e-3 8e-3; do run sweep-lora-lr$lr --lr $lr; done
 for lr in 5e-4 1e-3 2e-3 4e-3 8e-3 1.6e-2 3.2e-2 6.4e-2; do
     run sweep-multilora-lr$lr --method multilora --lr $lr
 done
-for lr in 5e-5 1e-4 2e-4 4e-4; do run sweep-full-lr$lr --method full --lr $lr; done
+for lr in 5e-5 1e-4 2e-4 4e-4 8e-4; do run sweep-full-lr$lr --method full --lr $lr; done
 for lr in 2e-3 4e-3; do run sweep-autolora-lr$lr $AUTO --lr $lr; done
 finish
 FLAGS="$COMMON $STEPS --data $E2E"          # the methods, rank 16 on all seven
