@@ -76,12 +76,12 @@ def of_subspaces():
     half_of_top = [top / 2 for top in of_q("top_W")]
     gaussian = mean(of_q("null.amplification"))
     return [
-        Claim("top direction shared", "φ(1, 1) of r = 4 and 64, theirs and random ones'", first,
-              phi(PAIRS, R4_AND_R64, "first", "random"), OF_PHI),
-        Claim("φ above 0.5", "φ(1, 1) and 0.5", first, [0.5] * len(first), OF_PHI),
-        Claim("no others shared", "φ(4, 64), theirs and random ones' with one shared", every,
-              one_shared, OF_PHI, smaller=True, kind="no worse"),
-        Claim("seeds share", "φ(1, 1) of two seeds of r = 64, theirs and random ones'",
+        Claim("top direction shared", "φ(1, 1) of r = 4 and 64, inputs, theirs and random ones'",
+              first, phi(PAIRS, R4_AND_R64, "first", "random"), OF_PHI),
+        Claim("φ above 0.5", "φ(1, 1), inputs, and 0.5", first, [0.5] * len(first), OF_PHI),
+        Claim("no others shared", "φ(4, 64), inputs, theirs and random ones' with one shared",
+              every, one_shared, OF_PHI, smaller=True, kind="no worse"),
+        Claim("seeds share", "φ(1, 1) of two seeds of r = 64, inputs, theirs and random ones'",
               phi(PAIRS, R64, "first"), phi(PAIRS, R64, "first", "random"), OF_PHI),
         Claim("r = 64: q over v", "effective rank, q and v",
               of_q("effective_rank", "lora-qv-r64"),
