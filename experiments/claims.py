@@ -6,8 +6,8 @@ import random
 from itertools import combinations
 from statistics import correlation, mean, stdev
 
-from adapters import of_claim
 import smollm_claims
+from adapters import of_claim
 from results import (BENCH, ahead, column, over_seeds, planted_ranks, quartiles, read_csv, seeds,
                      spread, where)
 
@@ -262,8 +262,7 @@ def of_today():
     """Tested on SmolLM2 alone."""
     says = ("ranks found are no worse than the full rank everywhere (not AutoLoRA's claim)",
             "attention only is worse than MLP only at equal parameters (LoRA Without Regret)",
-            "LoRA forgets less (2405.09673, of benchmarks and long training)",
-            "LoRA brings intruder dimensions, more than chance (2410.21228)")
+            "LoRA forgets less (2405.09673, of benchmarks and long training)")
     return [(claim, "", "", "", "smollm.sh") for claim in says]
 
 

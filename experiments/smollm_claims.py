@@ -8,11 +8,11 @@ from statistics import correlation, mean
 from results import column, of_study, phi
 from verdicts import Claim
 
-RUNS, METHODS, COUNTS = "smollm_runs.csv", "smollm_methods.csv", "smollm_methods_intruders.csv"
+RUNS, METHODS = "smollm_runs.csv", "smollm_methods.csv"
 SUBSPACES, PAIRS = "smollm_subspaces.csv", "smollm_subspaces_pairs.csv"
 R4_AND_R64, R64 = "lora-qv-r4 and lora-qv-r64", "lora-qv-r64 and lora-qv-r64"
 # δ of what is no loss
-OF_PHI, OF_SHARE, OF_RATIO, OF_RANK, OF_COUNT = 0.05, 0.01, 0.1, 0.2, 0.25
+OF_PHI, OF_SHARE, OF_RATIO, OF_RANK = 0.05, 0.01, 0.1, 0.2
 
 
 def loss(name):
@@ -63,8 +63,6 @@ def of_methods():
               OF_SHARE, smaller=True),
         Claim("full: less for its rank", "σ₁ / Σσ over its Gaussian's, full and LoRA",
               top1("full", "null.top1"), top1("lora", "null.top1"), OF_RATIO, smaller=True),
-        Claim("intruders", "of the first ten of W + ΔW, LoRA and a Gaussian ΔW",
-              of_study(COUNTS, "lora", "real"), of_study(COUNTS, "lora", "null"), OF_COUNT),
     ]
 
 
@@ -111,7 +109,6 @@ SAME = {    # how a claim of the table begins: what is tested of it here
     "ranks found are no worse": ["as good as r = k"],
     "LoRA forgets less": ["forgets less"],
     "attention only is worse": ["MLP better"],
-    "LoRA brings intruder": ["intruders"],
 }
 
 

@@ -6,10 +6,12 @@ import pytest
 
 import analyze
 import bench
+import collect
 import flatten
 import lora
 import measure
 import ranks
+import results
 import score
 import tables
 import train
@@ -124,6 +126,16 @@ def test_texts_of_one_meaning_are_its_references(tmp_path):
     file = tmp_path / "test.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     assert score.references(file) == {"a": ["x", "z"], "b": ["y"]}
+
+
+def test_no_run_counts_twice_in_phi(tmp_path, monkeypatch):
+    rows = []
+    for a, b, phi in ((0, 1, 0.2), (1, 0, 0.4), (0, 2, 0.9), (1, 2, 0.9), (2, 3, 0.6), (3, 5, 0.9)):
+        rows.append({"pair": "x and y", "a": f"x-seed{a}", "b": f"y-seed{b}", "input.first": phi})
+    rows.append({**rows[0], "pair": "x and z", "input.first": 0.9})
+    collect.write(rows, tmp_path / "pairs.csv")
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert results.phi("pairs.csv", "x and y", "first") == pytest.approx([0.3, 0.6])
 
 
 def test_chance_finds_half_of_the_candidates():
