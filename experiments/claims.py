@@ -1,278 +1,435 @@
 """
-The claims of the three papers that these experiments can test: what was found, beside its control,
-and a verdict by who read the numbers. † marks those about bench.py's model; the others are nano's.
+The claims that nano's runs can test, by the rule of verdicts.py; smollm_claims.py has those of a
+language model. To see the claims of one part of nano.sh, from its results in a folder:
+
+    python experiments/claims.py ranks out/nano/results
+
+What is compared is the logarithm of the loss on test rows, unless a claim says otherwise: it has no
+ceiling, and a δ of 0.1 is a tenth of the loss.
 """
-import random
-from itertools import combinations
-from statistics import correlation, mean, stdev
+import re
+import sys
+from dataclasses import dataclass
+from math import exp, log, log2
+from pathlib import Path
+from statistics import StatisticsError, correlation, mean
 
-import smollm_claims
-from adapters import of_claim
-from results import (BENCH, ahead, column, over_seeds, planted_ranks, quartiles, read_csv, seeds,
-                     spread, where)
+import results
+from results import BENCH, column, of_study, phi, where
+from verdicts import Claim, Ratio
 
-METHODS, SUBSPACES = read_csv("nano_methods.csv"), read_csv("nano_subspaces.csv")
-PAIRS = read_csv("nano_subspaces_pairs.csv")
-STEPS, LATENCY = BENCH["training"], BENCH["latency"]
-SEARCH = "AutoLoRA's search, forward"
+# δ
+OF_LOSS = 0.1               # of its logarithm: a tenth
+OF_PHI = 0.05               # and of ‖UᵀWV‖
+OF_SHARE, OF_RATIO = 0.01, 0.1          # of σ₁ / Σσ, and of it by its Gaussian's
+OF_RANK = 0.2               # an effective rank
+OF_AMPLIFICATION = 1.0
+OF_CORRELATION = 0.1
+OF_INTRUDERS = 0.2          # of ten singular vectors
+OF_RATE = 1.0               # of log₂ of a learning rate: a factor of 2
+METHODS, SUBSPACES = "nano_methods.csv", "nano_subspaces.csv"
+PAIRS, FORGETTING = "nano_subspaces_pairs.csv", "nano_forgetting_intruders.csv"
+SUMMED = "nano_summed.csv"
 R8_AND_R64, R64 = "lora-qv-r8 and lora-qv-r64", "lora-qv-r64 and lora-qv-r64"
+PAPERS = {
+    "LoRA": "2106.09685",
+    "MultiLoRA": "2311.11501",
+    "AutoLoRA": "2403.09113",
+    "LoRA Without Regret": "Schulman et al. 2025",
+    "LoRA learns less and forgets less": "2405.09673",
+    "Task arithmetic": "2212.04089",
+    "Intruder dimensions": "2410.21228",
+}
+THREE = ("instruct", "arith", "infer")          # the others are learned whole
+FORGOTTEN = ("lora-r1", "lora", "lora-r64", "multilora", "full-short", "full")
 
 
-# What a cell says --------------------------------------------------------------------------------
+@dataclass
+class Row:
+    """One claim of the table."""
+    paper: str
+    says: str                   # the statement, and where it stands in the paper
+    claim: Claim
+    found: str = ""             # numbers of the two groups, if not their means
+    smollm: tuple = ()          # names of smollm_claims.py's
+    by: str = ""                # the script that makes it, if not nano.sh
 
-def time(row):
-    return f"{row['ratio']:.2f} ({quartiles(row, 2)})"
-
-
-def size(name):
-    step = STEPS[name]
-    return (f"{step['parameters']:,} trained, AdamW {step['optimizer_MB']:,.1f} MB, "
-            f"file {step['file_MB']:,.1f} MB")
-
-
-def phi(pair, side, which):
-    """φ of the "first" direction of two ΔW or of "all": mean over matrices ± over pairs of runs."""
-    by_pair = {}
-    for row in where(PAIRS, pair=pair):
-        by_pair.setdefault((row["a"], row["b"]), []).append(row[f"{side}.{which}"])
-    return spread(map(mean, by_pair.values()), 2)
+    def shown(self):
+        return f"{self.claim.groups}: {self.found or means(self.claim)}"
 
 
-def both(pair, which):
-    return f"{phi(pair, 'input', which)} (input), {phi(pair, 'output', which)} (output)"
+def number(value, sign=""):
+    return f"{value:{sign}.{3 if abs(value) < 10 else 1}f}"
 
 
-def table_7(what):
-    """LoRA's table 7 for q at r = 8: mean over the layers ± over the seeds."""
-    means = []
-    for seed in range(3):
-        rows = where(SUBSPACES, checkpoint="lora-qv-r8", seed=seed, target="q")
-        means.append(mean(row[what] for row in rows))
-    return spread(means, 1)
+def means(claim):
+    return f"{number(mean(claim.ours))} and {number(mean(claim.control))}"
 
 
-def rank_of_q_over_v(name):
-    """Effective rank of ΔW_q less that of ΔW_v: mean over the layers ± over the seeds."""
-    gaps = []
-    for seed in range(3):
-        q, v = (where(SUBSPACES, checkpoint=name, seed=seed, target=t) for t in "qv")
-        gaps.append(mean(a["effective_rank"] - b["effective_rank"] for a, b in zip(q, v)))
-    return spread(gaps, 2)
+def gain(claim):
+    """How far ours are on the claim's side: mean, interval, seeds; and what is asked of it."""
+    center, low, high = (number(value, "+") for value in claim.interval())
+    asked = ""
+    if claim.kind == "no worse":
+        asked = f", −{claim.delta:g} allowed"
+    elif claim.kind == "equal":
+        asked = f", within ±{claim.delta:g}"
+    if len(claim.ours) == 1:
+        return f"{center} (one couple of seeds){asked}"
+    return f"{center} ({low} to {high}; {len(claim.ours)}){asked}"
 
 
-def top(method):
-    """σ₁ / Σσ of each seed, mean over its matrices."""
-    means = []
-    for seed in range(5):
-        rows = where(METHODS, checkpoint=method, seed=seed)
-        means.append(mean(row["top1"] for row in rows))
-    return means
+# The measures: one number a seed -----------------------------------------------------------------
+
+def log_loss(name, task="mean", file="nano_runs.csv"):
+    return [log(value) for value in column(name, f"test.{task}.loss", file)]
 
 
-def gaussian_top(method):
-    return mean(row["null.top1"] for row in where(METHODS, checkpoint=method))
+def same_seeds(*groups):
+    """Groups that have fewer seeds than others have the first ones."""
+    fewest = min(map(len, groups))
+    return [group[:fewest] for group in groups]
 
 
-def times_gaussian(method):
-    return f"{mean(top(method)) / gaussian_top(method):.1f}"
+def lower(name, ours, control, **more):
+    """That the loss of the runs of one name is lower than that of another's."""
+    groups = same_seeds(log_loss(ours), log_loss(control))
+    return Claim(name, f"{ours} and {control}", *groups, OF_LOSS, smaller=True, **more)
 
 
-def alone(method, task):
-    """Exact match of the runs of one task alone; LoRA's at the better of two learning rates."""
-    found = column(f"{method}-{task}")
-    if method == "lora":
-        found = max(found, column(f"lora-{task}-lr3e-3"), key=mean)
-    return mean(found)
+def compared(paper, name, says, ours, control, smollm=(), **more):
+    """The row of a claim about the losses of two groups of runs, with their exact match."""
+    claim = lower(name, ours, control, **more)
+    found = []
+    for measure, label in (("loss", "loss"), ("exact", "exact match")):
+        groups = same_seeds(*(column(name, f"test.mean.{measure}") for name in (ours, control)))
+        found.append("{} {:.3f} and {:.3f}".format(label, *map(mean, groups)))
+    return Row(paper, says, claim, "; ".join(found), smollm)
 
 
-def gain(task):
-    """MultiLoRA's over LoRA in the mixture, and alone."""
-    own = f"{task}.exact.after"
-    mixed = mean(column("multilora", own)) - mean(column("lora", own))
-    return f"{task} {mixed:+.3f}, {alone('multilora', task) - alone('lora', task):+.3f}"
+def best_rate(start):
+    """
+    log₂ of each pilot seed's best learning rate: where a parabola through the lowest held-out loss
+    and its two neighbours is lowest, or at the end of the sweep, if that is best.
+    """
+    losses = {}                                 # {seed: {log₂ of the rate: log of the loss}}
+    for run in results.runs().values():
+        named = re.fullmatch(rf"pilot-{start}-lr[\d.e-]+-seed(\d+)", run["name"])
+        if named:
+            own = losses.setdefault(int(named[1]), {})
+            own[log2(run["lr"])] = log(run["mean.loss.after"])
+    return [lowest(sorted(losses[seed].items())) for seed in sorted(losses)]
 
 
-def ranks(name):
-    """The ranks that each seed's search found."""
-    return [[int(r) for r in run["ranks"].split()] for run in seeds(name)]
+def lowest(points):
+    """The x where the parabola through the lowest of these (x, y) and its neighbours is lowest."""
+    at = min(range(len(points)), key=lambda i: points[i][1])
+    if at in (0, len(points) - 1):
+        return points[at][0]
+    (a, ya), (b, yb), (c, yc) = points[at - 1:at + 2]
+    left, right = (b - a) * (yb - yc), (b - c) * (yb - ya)
+    return b - 0.5 * ((b - a) * left - (b - c) * right) / (left - right)
 
 
-def likeness(lists):
-    """Mean correlation of every two of these lists."""
-    return mean(correlation(a, b) for a, b in combinations(lists, 2))
+def gain_alone(task):
+    """How much lower MultiLoRA's loss is than LoRA's on a task alone, in logarithms."""
+    return differences(log_loss(f"lora-{task}", task), log_loss(f"multilora-{task}", task))
 
 
-def alike(name, draws=2000):
-    """Likeness of the ranks of two seeds, and its spread and share where they are shuffled."""
-    dice, found, shuffled = random.Random(0), ranks(name), []
-    for _ in range(draws):
-        shuffled.append(likeness([dice.sample(r, len(r)) for r in found]))
-    p = mean(value >= likeness(found) for value in shuffled)
-    return f"{likeness(found):.2f} (by chance 0 ± {stdev(shuffled):.2f}; p = {p:.3f})"
+def gain_mixed(task):
+    return differences(log_loss("lora", task), log_loss("multilora", task))
 
 
-def planted(search):
-    """The ranks found after 300 steps."""
-    return " ".join(f"{mean(found):.1f}" for found in planted_ranks(search, 300))
+def differences(a, b):
+    return [x - y for x, y in zip(a, b)]
 
 
-# The claims: claim, here, control, verdict, the script that measures it ---------------------------
+def over_tasks(gain):
+    """Mean over the three tasks of a gain, seed by seed."""
+    return [mean(values) for values in zip(*map(gain, THREE))]
 
-def of_lora():
-    shape, late = next(iter(LATENCY.items()))
-    one_target = [f"{target}: {over_seeds(f'lora-{target}-r16')}" for target in "qkvo"]
+
+def alike(name):
+    """Correlation of the ranks that two searches found, of seeds 0 and 1, 2 and 3, ..."""
+    ranks = [[int(r) for r in text.split()] for text in column(name, "ranks")]
+    return [correlation(a, b) for a, b in zip(ranks[::2], ranks[1::2])]
+
+
+def follows_planted(search, step=300):
+    """Correlation of the ranks found with those that planted.py planted, seed by seed."""
+    found = zip(*results.planted_ranks(search, step))
+    return [correlation_or_none(ranks, results.PLANTED_RANKS) for ranks in found]
+
+
+def correlation_or_none(a, b):
+    """0 where one of them is the same throughout."""
+    try:
+        return correlation(a, b)
+    except StatisticsError:
+        return 0.0
+
+
+def intruders(name, kind="real"):
+    return [row[kind] for row in where(results.read_csv(FORGETTING), checkpoint=name)]
+
+
+def go_with_forgetting():
+    """Over methods, correlation of the number of intruders with what was forgotten, by seed."""
+    numbers = zip(*map(intruders, FORGOTTEN))
+    losses = zip(*(log_loss(name, "skills") for name in FORGOTTEN))
+    return [correlation(n, lost) for n, lost in zip(numbers, losses)]
+
+
+# The claims of each part of nano.sh --------------------------------------------------------------
+
+def pilot():
+    paper = "LoRA Without Regret"
+    rates = {name: best_rate(name) for name in ("r1", "r8", "r64", "full")}
+    shown = {name: f"{2 ** mean(logs):.1e}" for name, logs in rates.items()}
+    ten_times = [rate + log2(10) for rate in rates["full"]]
+    tenfold = Claim("LoRA's rate is ten times full's", "best learning rate, LoRA and full",
+                    rates["r8"], ten_times, OF_RATE, kind="equal")
+    of_ranks = Claim("one rate for all ranks", "best learning rate, r = 1 and r = 64",
+                     rates["r1"], rates["r64"], OF_RATE, kind="equal")
     return [
-        ("on par with full fine-tuning or better (tables 2 to 4)",
-         f"r = 16: {over_seeds('lora')}; r = 64: {over_seeds('lora-all-r64')}",
-         f"full: {over_seeds('full')}; ahead of r = 16 by {ahead('full', 'lora')}, "
-         f"of r = 64 by {ahead('full', 'lora-all-r64')}",
-         "does not hold here at r = 16; at r = 64 little is missing", "nano.sh"),
-
-        ("fewer trained parameters (1/10,000 of GPT-3's), smaller optimizer state and checkpoint †",
-         size("LoRA"), f"full: {size('full fine-tuning')}", "holds", "bench.py"),
-
-        ("faster steps (25 % for GPT-3) †", "1", f"full: {time(STEPS['full fine-tuning'])}",
-         "holds", "bench.py"),
-
-        (f"no latency once merged (table 1); forward pass of {shape}, time / the base's †",
-         time(late["LoRA, merged"]),
-         f"adapter layers: {time(late['adapter layers'])}; LoRA unmerged: {time(late['LoRA'])}",
-         "holds, by construction; adapter layers cost a little, LoRA that is not merged more",
-         "bench.py"),
-
-        ("r = 1 or 2 is enough (table 6: q and v 73.4 at r = 1, 73.5 at 64)",
-         f"q and v, r = 1, 2: {over_seeds('lora-qv-r1')}, {over_seeds('lora-qv-r2')}; "
-         f"all six: {over_seeds('lora-all-r1')}, {over_seeds('lora-all-r2')}",
-         f"r = 64: q and v {over_seeds('lora-qv-r64')}; all six {over_seeds('lora-all-r64')}",
-         "does not hold here: more rank helps", "nano.sh"),
-
-        ("q and v together beat one matrix at equal parameters "
-         "(table 5: 73.7; q 70.4, k 70.0, v 73.0, o 73.2; all four 73.7)",
-         f"q, v: {over_seeds('lora-qv-r8')}",
-         f"{'; '.join(one_target)}; all four: {over_seeds('lora-qkvo-r4')}",
-         "holds, and all four are within its spread", "nano.sh"),
+        Row(paper, "LoRA's best learning rate is ten times full's, within a factor of 2", tenfold,
+            f"{shown['r8']} and {shown['full']}"),
+        Row(paper, "and the same for all ranks under α/r, within a factor of 2", of_ranks,
+            f"{shown['r1']} and {shown['r64']}"),
     ]
 
 
-def of_lora_weights():
+def methods():
+    def top1(name, over=None):
+        return of_study(METHODS, name, "top1", over)
+
+    multilora = Claim("MultiLoRA's ΔW less concentrated", "σ₁ / Σσ, MultiLoRA and LoRA",
+                      top1("multilora"), top1("lora"), OF_SHARE, smaller=True)
+    full = Claim("full's ΔW less concentrated", "σ₁ / Σσ, full and LoRA",
+                 top1("full"), top1("lora"), OF_SHARE, smaller=True)
+    of_its_rank = Claim("the same, each by its Gaussian", "σ₁ / Σσ by a Gaussian's, full and LoRA",
+                        top1("full", "null.top1"), top1("lora", "null.top1"), OF_RATIO,
+                        smaller=True)
     return [
-        ("r = 8 and r = 64 share their top direction (figure 3: φ(1, 1) > 0.5)",
-         f"φ(1, 1): {both(R8_AND_R64, 'first')}",
-         f"random directions: {phi(R8_AND_R64, 'random', 'first')}",
-         "weaker here: above chance, below 0.5", "nano.sh"),
-
-        ("and no others", f"φ(8, 64): {both(R8_AND_R64, 'all')}",
-         f"random directions: {phi(R8_AND_R64, 'random', 'all')}",
-         "does not hold here: more than chance (but 64 of 128 directions hold half of any)",
-         "nano.sh"),
-
-        ("two seeds of r = 64 share top directions (figure 4)",
-         f"φ(1, 1): {both(R64, 'first')}", f"random directions: {phi(R64, 'random', 'first')}",
-         "holds weakly: above chance, far from 1", "nano.sh"),
-
-        ("ΔW_q has a higher rank than ΔW_v (section 7.2)",
-         f"effective rank, q less v: r = 8 {rank_of_q_over_v('lora-qv-r8')}; "
-         f"r = 64 {rank_of_q_over_v('lora-qv-r64')}", "0",
-         "undecided: by little at r = 8, within the spread at r = 64", "nano.sh"),
-
-        ("ΔW_q amplifies directions that W does not emphasise (table 7, r = 4: ‖ΔW‖ = 6.91 is 21.6 "
-         "times ‖UᵀWV‖ = 0.32; with W's top directions for U and V that is 21.67, with random ones "
-         "0.02)",
-         f"r = 8: {table_7('amplification')} times ‖UᵀWV‖ = {table_7('projection')}; "
-         f"with W's {table_7('top_W')}",
-         f"Gaussian ΔW: {table_7('null.amplification')} times ‖UᵀWV‖ = "
-         f"{table_7('null.projection')}",
-         "holds, but weaker: W's are 5 times ΔW's (there 68), ΔW's 3 times random ones (16). A "
-         "random ΔW amplifies more, as it would there", "nano.sh"),
+        compared("LoRA", "LoRA as good as full", "as good as full fine-tuning (tables 2 to 4)",
+                 "lora", "full", ("as good as full",), kind="no worse"),
+        compared("MultiLoRA", "MultiLoRA over LoRA",
+                 "better than LoRA of as many parameters on a mixture",
+                 "multilora", "lora", ("MultiLoRA better",)),
+        Row("MultiLoRA", "its ΔW is less concentrated than LoRA's", multilora,
+            smollm=("less concentrated",)),
+        Row("MultiLoRA", "full fine-tuning's ΔW is less concentrated than LoRA's", full,
+            smollm=("full: less concentrated",)),
+        Row("MultiLoRA", "also where each is measured by a Gaussian of its shape", of_its_rank,
+            smollm=("full: less for its rank",)),
     ]
 
 
-def of_multilora():
-    step = STEPS["MultiLoRA, n = 4"]
-    shares, nulls, times = [], [], []
-    for method in ("lora", "multilora", "full"):
-        shares.append(spread(top(method)))
-        nulls.append(f"{gaussian_top(method):.3f}")
-        times.append(times_gaussian(method))
+def ranks():
     return [
-        ("LoRA's ΔW is dominated by its top singular vectors, MultiLoRA's and full fine-tuning's "
-         "less",
-         "σ₁ / Σσ: LoRA {}, MultiLoRA {}, full {}".format(*shares),
-         "Gaussians: {}; so {}, {} and {} times".format(", ".join(nulls), *times),
-         "holds, for MultiLoRA by little; full's share is small because its rank is large: for its "
-         "rank it is the most concentrated", "nano.sh"),
-
-        ("better than LoRA of as many parameters on a mixture", over_seeds("multilora"),
-         f"LoRA: {over_seeds('lora')}; MultiLoRA is ahead by {ahead('multilora', 'lora')}",
-         "undecided: within the spread", "nano.sh"),
-
-        ("by more than on single tasks",
-         f"gain over LoRA, in the mixture and alone: {gain('instruct')}; {gain('arith')}; "
-         f"{gain('infer')}",
-         "alone, LoRA at the better of two learning rates; spreads below",
-         "undecided: within the spread", "nano.sh"),
-
-        ("more blocks do better",
-         f"n = 2: {over_seeds('multilora-n2')}; 4: {over_seeds('multilora')}; "
-         f"8: {over_seeds('multilora-n8')}",
-         f"n = 1: {over_seeds('multilora-n1')}; n = 8 is ahead of it by "
-         f"{ahead('multilora-n8', 'multilora-n1')}",
-         "undecided: within the spread", "nano.sh"),
-
-        ("as fast as LoRA, at more memory †",
-         f"step {time(step)}; saved for backward {step['saved_MB']:,.1f} MB",
-         f"LoRA: 1; {STEPS['LoRA']['saved_MB']:,.1f} MB",
-         "time holds; no more memory in this form", "bench.py"),
+        compared("LoRA", "all six: r = 1 as good as 64",
+                 "r = 1 is as good as r = 64, on all six linears (table 6)",
+                 "lora-r1", "lora-r64", ("all: r = 1 enough",), kind="no worse"),
+        compared("LoRA", "LoRA of r = 64 as good as full", "at r = 64: as good as full fine-tuning",
+                 "lora-r64", "full", kind="no worse"),
     ]
 
 
-def of_autolora():
-    found = ranks("autolora")
-    fewest, most = min(map(min, found)), max(map(max, found))
+def targets():
     return [
-        ("layers need different ranks, and it finds them",
-         f"{fewest} to {most} of 16; correlation of two seeds' ranks {alike('autolora')}",
-         f"β's rate 0.03: {alike('autolora-beta_lr3e-2')}",
-         "does not hold here: they differ, but other seeds find others", "nano.sh"),
-
-        ("beats LoRA of equal and of random ranks",
-         f"{over_seeds('autolora')}; β's rate 0.03: {over_seeds('autolora-beta_lr3e-2')}",
-         f"equal: {over_seeds('uniform')}; {over_seeds('uniform-beta_lr3e-2')}. "
-         f"random: {over_seeds('random')}; {over_seeds('random-beta_lr3e-2')}",
-         "undecided: over equal ranks no gain beyond the spread", "nano.sh"),
-
-        ("needs the hypergradient's second term", over_seeds("autolora"),
-         f"first-order: {over_seeds('autolora-first-order')}; the second term is ahead by "
-         f"{ahead('autolora', 'autolora-first-order')}",
-         "undecided: within the spread", "nano.sh"),
-
-        ("softmax is better than σ or neither (ablation); here: ranks found in 300 steps where "
-         "0, 1, 2, 4, 6 are planted",
-         planted("default"), f"σ: {planted('sigmoid')}; neither: {planted('none')}",
-         "does not hold here: without softmax they follow the planted ones better", "planted.py"),
-
-        ("cheaper than trying ranks one by one †",
-         f"a search step is {time(STEPS[SEARCH])} of LoRA's, so 200 cost as much as a run of 600",
-         f"six ranks: six runs; rank 16 everywhere: {over_seeds('lora')}",
-         "holds; but rank 16 everywhere is as good", "bench.py"),
+        compared("LoRA", "q, v: r = 1 as good as 64",
+                 "r = 1 is as good as r = 64, on q and v (table 6: 73.4 and 73.5)",
+                 "lora-qv-r1", "lora-qv-r64", ("q, v: r = 1 enough",), kind="no worse"),
+        compared("LoRA", "q, v over v alone",
+                 "q, v beat v alone of as many parameters (table 5: 73.7 and 73.0)",
+                 "lora-qv-r8", "lora-v-r16"),
+        compared("LoRA", "q, v over o alone", "and o alone (73.2)", "lora-qv-r8", "lora-o-r16"),
+        compared("LoRA", "q, k, v, o as good as q, v",
+                 "q, k, v, o are as good as q, v of as many parameters (both 73.7)",
+                 "lora-qkvo-r4", "lora-qv-r8", kind="no worse"),
+        compared("LoRA Without Regret", "MLP over attention",
+                 "MLP only is better than attention only of as many parameters",
+                 "lora-mlp", "lora-attention", ("MLP better",)),
     ]
 
 
-def of_today():
-    """Tested on SmolLM2 alone."""
-    says = ("ranks found are no worse than the full rank everywhere (not AutoLoRA's claim)",
-            "attention only is worse than MLP only at equal parameters (LoRA Without Regret)",
-            "LoRA forgets less (2405.09673, of benchmarks and long training)")
-    return [(claim, "", "", "", "smollm.sh") for claim in says]
+def subspaces():
+    def of(what, name="lora-qv-r8", target="q"):
+        return of_study(SUBSPACES, name, what, target=target)
+
+    first = phi(PAIRS, R8_AND_R64, "first")
+    top_shared = Claim("r = 8 and 64 share the top direction",
+                       "φ(1, 1) of inputs, theirs and random ones'",
+                       first, phi(PAIRS, R8_AND_R64, "first", "random"), OF_PHI)
+    half = Claim("φ(1, 1) above 0.5", "φ(1, 1) of inputs, and 0.5", first, [0.5] * len(first),
+                 OF_PHI)
+    one_shared = [(1 + 7 * chance) / 8 for chance in phi(PAIRS, R8_AND_R64, "all", "random")]
+    no_others = Claim("and share no others",
+                      "φ(8, 64) of inputs, theirs and that of 1 shared and 7 random",
+                      phi(PAIRS, R8_AND_R64, "all"), one_shared, OF_PHI, smaller=True,
+                      kind="no worse")
+    seeds_share = Claim("two seeds share the top direction",
+                        "φ(1, 1) of inputs, theirs and random ones'",
+                        phi(PAIRS, R64, "first"), phi(PAIRS, R64, "first", "random"), OF_PHI)
+    q_over_v = Claim("ΔW_q of higher rank than ΔW_v", "effective rank at r = 64, q and v",
+                     of("effective_rank", "lora-qv-r64"),
+                     of("effective_rank", "lora-qv-r64", "v"), OF_RANK)
+    of_W = Claim("ΔW_q has more of W_q than random", "‖UᵀWV‖ at r = 8, ΔW's and a Gaussian's",
+                 of("projection"), of("null.projection"), OF_PHI)
+    not_top = Claim("but not W_q's top directions", "‖UᵀWV‖, ΔW's and half of W's",
+                    of("projection"), [top / 2 for top in of("top_W")], OF_PHI, smaller=True)
+    amplifies = Claim("amplifies more than a Gaussian", "‖ΔW‖ / ‖UᵀWV‖, ΔW's and a Gaussian's",
+                      of("amplification"), of("null.amplification"), OF_AMPLIFICATION)
+    return [
+        Row("LoRA", "r = 8 and r = 64 share their top direction: more than chance (figure 3)",
+            top_shared, smollm=("top direction shared",)),
+        Row("LoRA", "and by φ(1, 1) > 0.5", half, smollm=("φ above 0.5",)),
+        Row("LoRA", "they share no other directions", no_others, smollm=("no others shared",)),
+        Row("LoRA", "two seeds of r = 64 share top directions (figure 4)", seeds_share,
+            smollm=("seeds share",)),
+        Row("LoRA", "ΔW_q has a higher rank than ΔW_v (section 7.2)", q_over_v,
+            smollm=("r = 64: q over v",)),
+        Row("LoRA", "ΔW_q has to do with W_q, more than a random one has (table 7)", of_W,
+            smollm=("more of W than random",)),
+        Row("LoRA", "but not with its top directions (table 7: 0.32 of 21.67)", not_top,
+            smollm=("not W's top",)),
+        Row("LoRA", "it amplifies what W_q does not emphasise, more than a Gaussian would",
+            amplifies),
+    ]
 
 
-def claims():
-    """[(method, claim, here, control, verdict, on SmolLM2, others' adapters, script)]"""
-    rows = []
-    for method, found in (("LoRA", of_lora() + of_lora_weights()), ("MultiLoRA", of_multilora()),
-                          ("AutoLoRA", of_autolora()), ("later papers", of_today())):
-        for claim, here, control, verdict, script in found:
-            rows.append((method, claim, here, control, verdict, smollm_claims.of_claim(claim),
-                         of_claim(claim), script))
-            method = ""
+def blocks():
+    return [
+        compared("MultiLoRA", "8 blocks over 1", "more blocks do better: 8 than 1",
+                 "multilora-n8", "multilora-n1"),
+        compared("MultiLoRA", "4 blocks over 1", "and 4 than 1", "multilora", "multilora-n1"),
+        compared("MultiLoRA", "LoRA with a learned s", "of its changes, a learned s alone helps",
+                 "lora-learned-s", "lora"),
+        compared("MultiLoRA", "LoRA with a random B", "or a random B alone",
+                 "lora-random-b", "lora"),
+        compared("MultiLoRA", "both: 1 block over LoRA", "or both, with s from 0: one block",
+                 "multilora-n1", "lora"),
+    ]
+
+
+def single():
+    mixed, alone = same_seeds(over_tasks(gain_mixed), over_tasks(gain_alone))
+    more = Claim("gains more on a mixture", "gain over LoRA in log loss, mixed and alone", mixed,
+                 alone, OF_LOSS)
+    rows = [Row("MultiLoRA", "by more than on the same three tasks, each alone", more)]
+    for label, name in (("LoRA", "lora"), ("MultiLoRA", "multilora")):
+        summed, mixture = same_seeds(log_loss(f"{name}-summed", file=SUMMED), log_loss(name))
+        claim = Claim(f"{label}s added up as good as one", f"{name}, summed and mixed", summed,
+                      mixture, OF_LOSS, smaller=True, kind="no worse")
+        says = f"adapters of single tasks, added up, are as good as one of the mixture: {label}"
+        losses = [mean(map(exp, group)) for group in (summed, mixture)]
+        rows.append(Row("Task arithmetic", says, claim, "loss {:.3f} and {:.3f}".format(*losses)))
     return rows
+
+
+def autolora():
+    repeated, zeros = alike("autolora"), [0] * len(alike("autolora"))
+    agree = Claim("two searches agree", "correlation of two seeds' ranks, and 0", repeated, zeros,
+                  OF_CORRELATION)
+    softmax, sigmoid, none = map(follows_planted, ("default", "sigmoid", "none"))
+    planted = Claim("finds planted ranks", "correlation of ranks found and planted, and 0",
+                    softmax, [0] * len(softmax), OF_CORRELATION)
+    over_sigmoid = Claim("softmax over σ", "correlation with planted ranks, softmax and σ", softmax,
+                         sigmoid, OF_CORRELATION)
+    over_none = Claim("softmax over β", "correlation with planted ranks, softmax and β", softmax,
+                      none, OF_CORRELATION)
+    return [
+        compared("AutoLoRA", "found ranks over equal ones",
+                 "the ranks found are better than equal ones", "autolora", "uniform"),
+        compared("AutoLoRA", "over random ones", "than random ones", "autolora", "random"),
+        compared("AutoLoRA", "over shuffled ones", "than their own, dealt out anew",
+                 "autolora", "shuffled"),
+        compared("AutoLoRA", "over those by chance", "than those read off a β that learned nothing",
+                 "autolora", "chance"),
+        compared("AutoLoRA", "over those of a null search",
+                 "than those of a search by rows with others' answers", "autolora", "null-search"),
+        compared("AutoLoRA", "over equal ones, scales held",
+                 "than equal ones, where every scale is held at α/k",
+                 "fixed-found", "fixed-uniform"),
+        compared("AutoLoRA", "as good as r = k everywhere",
+                 "they are as good as r = k everywhere (not the paper's claim)",
+                 "autolora", "lora", ("as good as r = k",), kind="no worse"),
+        compared("AutoLoRA", "needs the second term", "it needs the second term of its gradient",
+                 "autolora", "first-order"),
+        Row("AutoLoRA", "it finds what layers need: two seeds' searches agree", agree),
+        Row("AutoLoRA", "it finds ranks that were planted", planted, by="planted.py"),
+        Row("AutoLoRA", "and by softmax better than by σ (its ablation)", over_sigmoid,
+            by="planted.py"),
+        Row("AutoLoRA", "or by β itself", over_none, by="planted.py"),
+    ]
+
+
+def forgetting():
+    def forgets(name, says, control, smollm=()):
+        """The row of a claim that LoRA's loss on the base's skills is lower."""
+        ours, theirs = log_loss("lora", "skills"), log_loss(control, "skills")
+        claim = Claim(name, f"lora and {control}", ours, theirs, OF_LOSS, smaller=True)
+        losses = [mean(map(exp, group)) for group in (ours, theirs)]
+        shown = "loss on skills {:.2f} and {:.2f}".format(*losses)
+        return Row("LoRA learns less and forgets less", says, claim, shown, smollm)
+
+    ours, paper = intruders("lora"), "Intruder dimensions"
+    over_full = Claim("more intruders than full", "of ten vectors, LoRA's and full's", ours,
+                      intruders("full"), OF_INTRUDERS)
+    over_chance = Claim("more intruders than a Gaussian", "of ten vectors, LoRA's and a Gaussian's",
+                        ours, intruders("lora", "null"), OF_INTRUDERS)
+    found = go_with_forgetting()
+    together = Claim("intruders go with forgetting", "correlation over six kinds of runs, and 0",
+                     found, [0] * len(found), OF_CORRELATION)
+    return [
+        forgets("forgets less than full", "LoRA forgets less than full fine-tuning", "full",
+                ("forgets less",)),
+        forgets("also at equal loss", "also than full fine-tuning stopped at LoRA's loss",
+                "full-short"),
+        Row(paper, "LoRA has more of them than full fine-tuning", over_full),
+        Row(paper, "and more than a Gaussian ΔW as large", over_chance),
+        Row(paper, "their number goes with what was forgotten", together),
+    ]
+
+
+def speed():
+    """Of bench.py's model, by the quartiles of its rounds."""
+    steps, merged = BENCH["training"], next(iter(BENCH["latency"].values()))["LoRA, merged"]
+    full, search = steps["full fine-tuning"], steps["AutoLoRA's search, forward"]
+    inverse = sorted(1 / ratio for ratio in full["quartiles"])
+    blocks = steps["MultiLoRA, n = 4"]
+    return [
+        Ratio("LoRA's steps are faster than full fine-tuning's (25 % for GPT-3)",
+              "a step, LoRA / full", 1 / full["ratio"], inverse, 1.0),
+        Ratio("LoRA, once merged, has no latency (table 1)",
+              "a forward pass, merged / the base", merged["ratio"], merged["quartiles"], 1.02),
+        Ratio("MultiLoRA is as fast as LoRA", "a step, MultiLoRA / LoRA", blocks["ratio"],
+              blocks["quartiles"], 1.05),
+        Ratio("a step of AutoLoRA's search costs little more than three of LoRA",
+              "a step of the search / LoRA's", search["ratio"], search["quartiles"], 3.3),
+    ]
+
+
+PARTS = {f.__name__: f for f in (pilot, methods, ranks, targets, subspaces, blocks, single,
+                                 autolora, forgetting)}
+MINUTES = {"pilot": 26, "methods": 9, "ranks": 4, "targets": 12, "subspaces": 7, "blocks": 15,
+           "single": 16, "autolora": 40, "forgetting": 18, "planted.py": 9}     # on two cores
+
+
+def rows():
+    """[(part of nano.sh, its Row)], paper by paper."""
+    found = [(part, row) for part, claims in PARTS.items() for row in claims()]
+    order = list(PAPERS)
+    return sorted(found, key=lambda pair: order.index(pair[1].paper))
+
+
+def main(part, folder):
+    results.RESULTS = Path(folder)
+    for row in PARTS[part]():
+        print(row.says)
+        print(f"    {row.shown()}")
+        print(f"    gain {gain(row.claim)} seeds: {row.claim.verdict()}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,5 +1,5 @@
 """
-The picture of the three rules for s, and the plots of what nano.sh swept over:
+The picture of the three rules for s, and that of the claims and their intervals:
 
     python experiments/figures.py
 """
@@ -8,13 +8,15 @@ from statistics import mean
 import matplotlib
 from matplotlib.patches import Rectangle
 
-from results import ROOT, column
+import claims
+from results import ROOT
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FIGURES = ROOT / "experiments" / "figures"
-LORA, MULTILORA, FULL = "#0072b2", "#d55e00", "#000000"         # as in analyze.py
+COLORS = {"holds": "#0072b2", "does not hold here": "#d55e00", "undecided": "#999999"}
+LIMIT = 60                                                      # of what is drawn, in units of δ
 LEARNED = (0.7, 0.35, 0.9, 0.5)                                 # made up, for the picture
 SELECTED = (0.9, 0.25, 0.6, 0.12, 0.75, 0.18, 0.4, 0.1)
 CENTER = {"ha": "center", "va": "center"}
@@ -81,58 +83,43 @@ def box(ax, x, y, width, height, color):
     ax.add_patch(Rectangle((x, y), width, height, **look))
 
 
-def points(ax, at, name, color):
-    """A point for each seed; returns their mean."""
-    exact = column(name)
-    at = [at] * len(exact)
-    ax.plot(at, exact, "o", color=color, markersize=4, alpha=0.5)
-    return mean(exact)
-
-
-def line(ax, names, color, **look):
-    """The seeds' points over {x: name of the runs}, and a line through their means."""
-    means = [points(ax, x, name, color) for x, name in names.items()]
-    ax.plot(list(names), means, color=color, **look)
-    ax.set_xscale("log")
-    ax.set_xticks(list(names), names)
+def forest(path):
+    """
+    Each claim's gain with its 95 % interval, in units of its own δ, where 0 is no gain and the gray
+    band what would not count.
+    """
+    rows = claims.rows()
+    fig, ax = plt.subplots(figsize=(8.5, 0.235 * len(rows) + 1), layout="constrained")
+    for y, (_, row) in enumerate(rows):
+        claim = row.claim
+        center, low, high = (clipped(value / claim.delta) for value in claim.interval())
+        color = COLORS[claim.verdict()]
+        ax.plot([low, high], [y, y], color=color, linewidth=1.5)
+        ax.plot(center, y, "o", color=color, markersize=4)
+        if claim.kind != "better":              # what its interval should be on the side of
+            limits = [-1, 1] if claim.kind == "equal" else [-1]
+            ax.plot(limits, [y] * len(limits), "|", color="#555555", markersize=7)
+    ax.axvline(0, color="#555555", linewidth=0.8)
+    ax.axvspan(-1, 1, color="#eeeeee", zorder=0)
+    ax.set_yticks(range(len(rows)), [row.claim.name for _, row in rows], fontsize=7)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set_xscale("symlog", linthresh=2)
+    ax.set_xlim(-LIMIT, LIMIT)
+    ax.set_xticks([-50, -10, -2, -1, 0, 1, 2, 10, 50], "-50 -10 -2 -1 0 1 2 10 50".split())
     ax.minorticks_off()
-
-
-def named(start, numbers):
-    return {n: f"{start}{n}" for n in numbers}
-
-
-def sweeps(path):
-    """Exact match over LoRA's rank, its targets, and MultiLoRA's blocks."""
-    fig, axes = plt.subplots(1, 3, figsize=(10, 3), sharey=True, layout="constrained")
-    by_rank, by_target, by_block = axes
-    for ax in axes:
-        full = mean(column("full"))
-        ax.axhline(full, color=FULL, linewidth=1, label="full fine-tuning")
-
-    some = named("lora-qv-r", (1, 2, 4, 8, 64))
-    every = named("lora-all-r", (1, 2, 4, 8, 16, 64)) | {16: "lora"}
-    line(by_rank, some, LORA, linestyle="--", label="q, v")
-    line(by_rank, every, LORA, label="all six")
-    by_rank.set(title="LoRA's rank", xlabel="rank r", ylim=(0, 1.03))
-    by_rank.set_ylabel("exact match, mean over tasks")
-    by_rank.legend(frameon=False, fontsize=8)
-
-    names = "q-r16 k-r16 v-r16 o-r16 qv-r8 qkvo-r4".split()
-    for i, name in enumerate(names):
-        height = points(by_target, i, f"lora-{name}", LORA)
-        by_target.bar(i, height, color=LORA, alpha=0.4)
-    by_target.set_xticks(range(len(names)), "q k v o qv qkvo".split())
-    by_target.set(title="LoRA, as many parameters on", xlabel="targets")
-
-    blocks = named("multilora-n", (1, 2, 4, 8)) | {4: "multilora"}
-    line(by_block, blocks, MULTILORA)
-    by_block.set(title="MultiLoRA's blocks, rank 16 in all", xlabel="n")
+    ax.set_xlabel("gain in the direction of the claim, in units of δ", fontsize=8)
+    for word, color in COLORS.items():
+        ax.plot([], [], "o-", color=color, markersize=4, label=word)
+    fig.legend(frameon=False, fontsize=8, ncols=3, loc="outside upper right")
     fig.savefig(path, dpi=150)
     plt.close(fig)
+
+
+def clipped(value):
+    return min(max(value, -LIMIT), LIMIT)
 
 
 if __name__ == "__main__":
     FIGURES.mkdir(exist_ok=True)
     rules(FIGURES / "rules.png")
-    sweeps(FIGURES / "sweeps.png")
+    forest(FIGURES / "claims.png")

@@ -3,7 +3,7 @@ The numbers that are reported: runs of nano on rows that chose no setting.
 
     python experiments/measure.py out/nano/lora-seed?.pt [--skills] [--share 0/2]
 
-Training holds out `valid` rows, by which learning rates and the like were chosen. These are 400
+Training holds out `valid` rows, by which learning rates and the like were chosen. These are 200
 others of each task (of `facts`, which asks for what it has taught, the same). Into NAME-test.json
 beside each checkpoint, which collect.py puts into its row; --skills adds the base's own skills:
 what was forgotten. --share i/n takes every n-th checkpoint, for n processes.
@@ -21,7 +21,7 @@ from evaluate import evaluate
 from support import checkpoint, command, data
 from support.tasks import MIXTURE, SKILLS, builtin
 
-ROWS = 400
+ROWS = 200
 MEASURES = "loss", "exact"
 
 
@@ -42,8 +42,19 @@ def test_task(name, tok):
     return data.Task(name, [], [data.encode(tok, *row) for row in test_rows(name)])
 
 
-def means(found):
-    return {key: sum(r[key] for r in found.values()) / len(found) for key in MEASURES}
+def means(found, measures=MEASURES):
+    """Over the tasks."""
+    return {key: sum(r[key] for r in found.values()) / len(found) for key in measures}
+
+
+def of_test_rows(model, names, tok, settings, device):
+    """{"mean.loss": ..., "arith.exact": ...} of these tasks."""
+    tasks = [test_task(name, tok) for name in names]
+    found, row = evaluate(model, tasks, tok, settings, device, generate=True), {}
+    for name, result in [("mean", means(found)), *found.items()]:
+        for key in MEASURES:
+            row[f"{name}.{key}"] = result[key]
+    return row
 
 
 def measure(path, skills, device):
@@ -52,21 +63,13 @@ def measure(path, skills, device):
     model = checkpoint.start_model(settings, device)
     checkpoint.restore(saved, model)
     tok = data.tokenizer(model.config.vocab_size)
-    tasks = [test_task(name, tok) for name in MIXTURE if name in names_of(settings.data)]
-    found = evaluate(model, tasks, tok, settings, device, generate=True)
-    row = {}
-    for name, result in [("mean", means(found)), *found.items()]:
-        for key in MEASURES:
-            row[f"{name}.{key}"] = result[key]
+    names = MIXTURE if settings.data == ["mixture"] else settings.data
+    row = of_test_rows(model, names, tok, settings, device)
     if skills:
         tasks = data.load(["skills"], tok, settings.block_size, 100)
         result = means(evaluate(model, tasks, tok, settings, device, generate=True))
         row |= {f"skills.{key}": result[key] for key in MEASURES}
     return row
-
-
-def names_of(data):
-    return MIXTURE if data == ["mixture"] else data
 
 
 def main(argv=None):

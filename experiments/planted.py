@@ -104,7 +104,7 @@ def control():
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seeds", type=int, default=5, help="how many (default %(default)s)")
+    p.add_argument("--seeds", type=int, default=15, help="how many (default %(default)s)")
     p.add_argument("--steps", type=int, default=STEPS[-1], help="of each (default %(default)s)")
     p.add_argument("--out", default=RESULTS / "planted.csv", help="file of the results")
     args = p.parse_args(argv)

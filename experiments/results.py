@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-EXACT, LOSS = "mean.exact.after", "mean.loss.after"
+LOSS = "mean.loss.after"
 
 
 def read_csv(file):
@@ -57,12 +57,6 @@ def runs(file="nano_runs.csv"):
     return {run["name"]: run for run in read_csv(file)}
 
 
-def names(start, file="nano_runs.csv"):
-    """What the runs whose names start so are called, without their seeds."""
-    found = [name.rpartition("-seed")[0] for name in runs(file) if name.startswith(start)]
-    return list(dict.fromkeys(found))
-
-
 def seeds(name, file="nano_runs.csv"):
     """The runs of a name, in the order of their seeds. Raises KeyError where there are none."""
     found, known = [], runs(file)
@@ -73,7 +67,7 @@ def seeds(name, file="nano_runs.csv"):
     return found
 
 
-def column(name, of=EXACT, file="nano_runs.csv"):
+def column(name, of, file="nano_runs.csv"):
     """One column of the runs of a name."""
     return [run[of] for run in seeds(name, file)]
 
@@ -85,17 +79,8 @@ def spread(values, digits=3):
     return text.removesuffix(" ± 0")
 
 
-def over_seeds(name, of=EXACT, digits=3):
+def over_seeds(name, of, digits=3):
     return spread(column(name, of), digits)
-
-
-def ahead(name, other):
-    """How far the first runs' exact match is above the second's, and on how many seeds it is."""
-    gaps, wins = [], 0
-    for one, two in zip(column(name), column(other)):
-        gaps.append(one - two)
-        wins += one > two
-    return f"{mean(gaps):+.3f} ± {stdev(gaps):.3f}, on {wins} of {len(gaps)} seeds"
 
 
 def quartiles(row, digits=3):

@@ -1,7 +1,8 @@
 # Sourced by the other scripts, which set DIR, and TRAIN and ANALYZE where those are other commands.
 #
 #     run NAME flags ...        makes $DIR/NAME.pt with train.py $FLAGS, in the background, unless an
-#                               earlier call did
+#                               earlier call did or does
+#     after NAME                waits for one run that was started
 #     finish                    waits for all runs, and exits where one has failed
 #     report NAME CKPT ...      keeps what analyze.py prints in $RESULTS/NAME.txt, and its numbers in
 #                               $RESULTS/NAME*.csv
@@ -26,7 +27,7 @@ run() {
         exit 1
     fi
     echo "$flags" >"$DIR/$1.flags"
-    if [ -f "$DIR/$1.done" ]; then return; fi
+    if [ -f "$DIR/$1.done" ] || [[ " ${started[*]} " = *" $1 "* ]]; then return; fi
     while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
     echo "$(date +%T) $1"
     started+=("$1")
@@ -45,15 +46,22 @@ train() {
     touch "$DIR/$1.done"
 }
 
+after() {
+    while [ ! -f "$DIR/$1.done" ] && [ -n "$(jobs -rp)" ]; do wait -n || true; done
+    ended "$1"
+}
+
 finish() {
     wait
-    for name in "${started[@]}"; do
-        if [ ! -f "$DIR/$name.done" ]; then
-            echo "$name has failed: see $DIR/$name.log" >&2
-            exit 1
-        fi
-    done
+    for name in "${started[@]}"; do ended "$name"; done
     started=()
+}
+
+ended() {
+    if [ ! -f "$DIR/$1.done" ]; then
+        echo "$1 has failed: see $DIR/$1.log" >&2
+        exit 1
+    fi
 }
 
 report() {

@@ -1,9 +1,7 @@
 """
 What the claims become on SmolLM2-135M and real text: smollm.sh's runs, by the rule in verdicts.py.
 """
-import math
-from itertools import combinations
-from statistics import correlation, mean
+from statistics import mean
 
 from results import column, of_study, phi
 from verdicts import Claim
@@ -91,56 +89,3 @@ def of_subspaces():
         Claim("amplifies", f"‖ΔW‖ / ‖UᵀWV‖ (a Gaussian's: {gaussian:.1f}) and 1", amplification,
               [1] * len(amplification), 1.0),
     ]
-
-
-# In words ----------------------------------------------------------------------------------------
-
-SAME = {    # how a claim of the table begins: what is tested of it here
-    "on par with full": ["as good as full"],
-    "r = 1 or 2 is enough": ["q, v: r = 1 enough", "all: r = 1 enough"],
-    "r = 8 and r = 64 share": ["top direction shared", "φ above 0.5"],
-    "and no others": ["no others shared"],
-    "two seeds of r = 64": ["seeds share"],
-    "ΔW_q has a higher rank": ["r = 64: q over v"],
-    "ΔW_q amplifies": ["more of W than random", "not W's top", "amplifies"],
-    "LoRA's ΔW is dominated": ["less concentrated", "full: less concentrated",
-                               "full: less for its rank"],
-    "better than LoRA of as many": ["MultiLoRA better"],
-    "ranks found are no worse": ["as good as r = k"],
-    "LoRA forgets less": ["forgets less"],
-    "attention only is worse": ["MLP better"],
-}
-
-
-def number(value, sign=""):
-    return f"{value:{sign}.{3 if abs(value) < 10 else 1}f}"
-
-
-def in_words(claim):
-    """The two means, how far ours are on the claim's side, the interval, and the verdict."""
-    center, low, high = (number(value, "+") for value in claim.interval())
-    within = f"{low} to {high}"
-    if len(claim.ours) == 1:
-        within = "of one couple of seeds"
-    means = f"{number(mean(claim.ours))} and {number(mean(claim.control))}"
-    asked = f", −{claim.delta:g} allowed" if claim.kind == "no worse" else ""
-    return f"{claim.groups}: {means}; {center} ({within}{asked}): **{claim.verdict()}**"
-
-
-def ranks_alike():
-    """Correlations of the ranks that two seeds of AutoLoRA's search found."""
-    found = [[int(r) for r in ranks.split()] for ranks in column("autolora", "ranks", RUNS)]
-    pairs = [number(correlation(a, b), "+") for a, b in combinations(found, 2)]
-    chance = 1 / math.sqrt(len(found[0]))
-    return f"correlations of two seeds' ranks {', '.join(pairs)} (by chance 0 ± {chance:.3f})"
-
-
-def of_claim(text):
-    """What became of a claim of the table; "" where nothing was tested."""
-    known = claims()
-    if text.startswith("layers need different ranks"):
-        return ranks_alike()
-    for start, names in SAME.items():
-        if text.startswith(start):
-            return ". ".join(in_words(known[name]) for name in names)
-    return ""

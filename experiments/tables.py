@@ -10,12 +10,15 @@ from functools import partial
 from statistics import mean
 
 import adapters
-from claims import claims
-from results import (BENCH, EXACT, LOSS, PLANTED_RANKS, RESULTS, ROOT, ahead, column, over_seeds,
-                     planted_ranks, quartiles, read_csv, read_json, runs, seeds, spread)
+import claims
+import smollm_claims
+from results import (BENCH, LOSS, PLANTED_RANKS, RESULTS, ROOT, column, over_seeds, planted_ranks,
+                     quartiles, read_json, runs, seeds, spread)
+from verdicts import holm
 
 READMES = (ROOT / "README.md", ROOT / "experiments" / "README.md")
 TASKS = ("instruct", "arith", "infer", "facts", "data2text")
+METHODS = ("lora", "multilora", "autolora", "full")
 
 
 def table(head, lines):
@@ -26,10 +29,45 @@ def table(head, lines):
     return "\n".join(rows)
 
 
+# The claims --------------------------------------------------------------------------------------
+
+def chances(rows):
+    """[a row's p, and Holm's over all of them]"""
+    ps = [row.claim.p() for _, row in rows]
+    return [f"{p:.3f}; {corrected:.3f}" for p, corrected in zip(ps, holm(ps))]
+
+
 def all_claims():
-    return table(("method", "claim", "here", "control", "verdict",
-                  "SmolLM2-135M on real text",
-                  "adapters that others trained (Gaussians)", "made by"), claims())
+    known, rows, lines = smollm_claims.claims(), claims.rows(), []
+    paper = ""
+    for (part, row), p in zip(rows, chances(rows)):
+        if row.paper != paper:
+            paper = row.paper
+            lines.append([f"**{paper}** ({claims.PAPERS[paper]})", *[""] * 6])
+        there = [known[name].verdict() for name in row.smollm]
+        minutes = claims.MINUTES[row.by or part]
+        lines.append([row.says, row.shown(), claims.gain(row.claim), p,
+                      f"**{row.claim.verdict()}**", ", ".join(there),
+                      f"`{row.by or 'nano.sh ' + part}`, {minutes} min"])
+    return table(("claim", "ours and control", "gain (95 %; seeds)", "p; Holm's", "verdict",
+                  "on SmolLM2", "made by"), lines)
+
+
+def of_smollm():
+    lines = []
+    for claim in smollm_claims.claims().values():
+        lines.append((f"{claim.groups}: {claims.means(claim)}", claims.gain(claim),
+                      f"**{claim.verdict()}**"))
+    return table(("ours and control", "gain (95 %; seeds)", "verdict"), lines)
+
+
+def of_speed():
+    lines = []
+    for ratio in claims.speed():
+        quarter = f"{ratio.value:.2f} ({quartiles({'quartiles': ratio.quartiles}, 2)})"
+        lines.append((ratio.name, ratio.groups, quarter, f"{ratio.limit:g}",
+                      f"**{ratio.verdict()}**"))
+    return table(("claim", "ratio of", "median (quartiles)", "limit", "verdict"), lines)
 
 
 def others():
@@ -37,91 +75,104 @@ def others():
                   "‖UᵀWV‖", "Gaussian", "amplification", "Gaussian"), adapters.lines())
 
 
-# Exact match of nano -----------------------------------------------------------------------------
+# nano --------------------------------------------------------------------------------------------
+
+TEST_LOSS, TEST_EXACT = "test.mean.loss", "test.mean.exact"
+
+
+def both(name):
+    """Loss and exact match on test rows, over the seeds."""
+    return over_seeds(name, TEST_LOSS), over_seeds(name, TEST_EXACT)
+
 
 def methods():
     lines = []
     for task in (*TASKS, "mean"):
-        line = [task, f"{runs()['lora-seed0'][f'{task}.exact.before']:.3f}"]
-        for name in ("lora", "multilora", "autolora", "full"):
-            line.append(over_seeds(name, f"{task}.exact.after"))
+        line = [task]
+        for name in METHODS:
+            line.append(over_seeds(name, f"test.{task}.exact"))
         lines.append(line)
-    return table(("task", "before", "LoRA, r = 16", "MultiLoRA, r = 16, n = 4", "AutoLoRA, k = 16",
+    lines.append(["loss", *(over_seeds(name, TEST_LOSS) for name in METHODS)])
+    lines.append(["trained", *(over_seeds(name, "parameters", 0) for name in METHODS)])
+    return table(("task", "LoRA, r = 8", "MultiLoRA, r = 8, n = 4", "AutoLoRA, k = 8",
                   "full fine-tuning"), lines)
 
 
-def tried_rates(method, what="lr"):
-    """{learning rate: mean exact match} of seed 0; `what` may be β's, "beta_lr"."""
-    name = re.compile(rf"{method}(-{what}\de-\d)?(-seed0)?")
-    return {run[what]: run[EXACT] for run in runs().values() if name.fullmatch(run["name"])}
-
-
-def learning_rates():
+def pilot():
+    """Held-out loss of each learning rate, mean over the pilot's seeds."""
+    losses = {}                                             # {what: {rate: [loss]}}
+    for run in runs().values():
+        named = re.fullmatch(r"pilot-(.*)-lr[\d.e-]+-seed\d+", run["name"])
+        if named:
+            own = losses.setdefault(named[1], {})
+            own.setdefault(run["lr"], []).append(run[LOSS])
     lines = []
-    for label, method, what in (("lora", "lora", "lr"), ("multilora", "multilora", "lr"),
-                                ("full", "full", "lr"), ("autolora", "autolora", "lr"),
-                                ("autolora, β", "autolora", "beta_lr")):
-        rates = sorted(tried_rates(method, what).items())
-        lines.append((label, ", ".join(f"{lr:g}: {exact:.3f}" for lr, exact in rates)))
-    return table(("method", "learning rate: mean exact match"), lines)
+    for what, own in losses.items():
+        rates = [f"{lr:g}: {spread(own[lr])}" for lr in sorted(own)]
+        label = re.sub(r"^r(\d+)", r"LoRA, r = \1", what).replace("-", ", ")
+        lines.append((label, "; ".join(rates)))
+    return table(("runs", "learning rate: held-out loss"), lines)
+
+
+def compared(groups, head):
+    """Loss and exact match of {label: name of the runs}."""
+    lines = []
+    for label, name in groups.items():
+        parameters = over_seeds(name, "parameters", 0)
+        lines.append((label, parameters, *both(name), len(seeds(name))))
+    return table((head, "trained", "loss", "exact match", "seeds"), lines)
 
 
 def ranks():
-    lines = []
-    for r in (1, 2, 4, 8, 64):
-        lines.append((r, over_seeds(f"lora-qv-r{r}"), over_seeds(f"lora-all-r{r}")))
-    lines.insert(4, (16, "", over_seeds("lora")))
-    return table(("rank r", "on q and v", "on all six"), lines)
+    return compared({
+        "q, v: r = 1": "lora-qv-r1", "8": "lora-qv-r8", "64": "lora-qv-r64",
+        "all six: r = 1": "lora-r1", "8 ": "lora", "64 ": "lora-r64", "all weights": "full",
+    }, "LoRA on")
 
 
 def targets():
-    lines = []
-    for label, r, name in (("q", 16, "q"), ("k", 16, "k"), ("v", 16, "v"), ("o", 16, "o"),
-                           ("q, v", 8, "qv"), ("q, k, v, o", 4, "qkvo")):
-        name = f"lora-{name}-r{r}"
-        parameters = f"{seeds(name)[0]['parameters']:,}"
-        lines.append((label, r, parameters, over_seeds(name, LOSS), over_seeds(name)))
-    return table(("targets", "rank", "parameters", "held-out loss", "exact match"), lines)
+    return compared({
+        "q, r = 16": "lora-q-r16", "k, 16": "lora-k-r16", "v, 16": "lora-v-r16",
+        "o, 16": "lora-o-r16", "q, v, 8": "lora-qv-r8", "q, k, v, o, 4": "lora-qkvo-r4",
+        "q, k, v, o, 10": "lora-attention", "up, down, 8": "lora-mlp",
+    }, "LoRA on")
 
 
 def blocks():
-    lines = []
-    for label, name in (("LoRA", "lora"), ("n = 1", "multilora-n1"), ("n = 2", "multilora-n2"),
-                        ("n = 4", "multilora"), ("n = 8", "multilora-n8"),
-                        ("n = 4, a vector s", "multilora-vector")):
-        lines.append((label, over_seeds(name, LOSS), over_seeds(name)))
-    return table(("MultiLoRA, rank 16 in all", "held-out loss", "exact match"), lines)
+    return compared({
+        "LoRA": "lora", "LoRA with a learned s": "lora-learned-s",
+        "LoRA with a random B": "lora-random-b", "MultiLoRA, n = 1": "multilora-n1",
+        "n = 4": "multilora", "n = 8": "multilora-n8",
+    }, "rank 8 in all")
 
 
 def single():
     lines = []
-    for task in ("instruct", "arith", "infer"):
+    for task in TASKS:
         line = [task]
-        for name in (f"lora-{task}", f"lora-{task}-lr3e-3", f"multilora-{task}"):
-            line.append(over_seeds(name))
+        for name in (f"lora-{task}", f"multilora-{task}"):
+            line.append(over_seeds(name, f"test.{task}.loss"))
         for name in ("lora", "multilora"):
-            line.append(over_seeds(name, f"{task}.exact.after"))
+            line.append(over_seeds(name, f"test.{task}.loss"))
         lines.append(line)
-    return table(("task", "LoRA, alone, learning rate 0.01", "0.003", "MultiLoRA, alone",
-                  "LoRA, in the mixture", "MultiLoRA, in the mixture"), lines)
+    for measure, label in (("loss", "mean"), ("exact", "exact match")):
+        line = [label]
+        for name in ("lora-summed", "multilora-summed"):
+            line.append(spread(column(name, f"test.mean.{measure}", claims.SUMMED)) + ", summed")
+        for name in ("lora", "multilora"):
+            line.append(over_seeds(name, f"test.mean.{measure}"))
+        lines.append(line)
+    return table(("loss", "LoRA, alone", "MultiLoRA, alone", "LoRA, in the mixture",
+                  "MultiLoRA, in the mixture"), lines)
 
 
 def found_ranks():
-    kinds = [("found", "autolora"), ("equal", "uniform"), ("random", "random"),
-             ("found, shuffled", "shuffled")]
-    slow = [*kinds, ("found, first-order", "autolora-first-order"), ("16 everywhere", "lora")]
-    fast = [(label, f"{name}-beta_lr3e-2") for label, name in kinds]
-    lines = []
-    for rate, rows in (("0.01", slow), ("0.03", fast)):
-        found = rows[0][1]
-        for label, name in rows:
-            parameters = over_seeds(name, "parameters", 0)
-            line = [rate, label, parameters, over_seeds(name, LOSS), over_seeds(name)]
-            line.append("" if name == found else ahead(found, name))
-            lines.append(line)
-            rate = ""
-    return table(("β's rate", "ranks", "parameters", "held-out loss", "exact match",
-                  "found is ahead by"), lines)
+    return compared({
+        "found": "autolora", "equal": "uniform", "random": "random", "found, shuffled": "shuffled",
+        "of a β that learned nothing": "chance", "found with others' answers": "null-search",
+        "found, first-order": "first-order", "found, all scales α/k": "fixed-found",
+        "equal, all scales α/k": "fixed-uniform", "8 everywhere": "lora",
+    }, "ranks")
 
 
 def planted():
@@ -134,16 +185,15 @@ def planted():
     return table(("search", *(f"planted {r}" for r in PLANTED_RANKS)), lines)
 
 
-def intruders():
-    found, lines = read_csv("nano_methods_intruders.csv"), []
-    for label, kind in (("trained", "real"), ("a Gaussian ΔW", "null")):
-        line = [label]
-        for method in ("lora", "multilora", "full"):
-            counts = [row[kind] for row in found if row["checkpoint"] == method]
-            line.append(f"{mean(counts):.2f}")
-        lines.append(line)
-    return table(("of ten singular vectors of W + ΔW, none of W's", "LoRA", "MultiLoRA",
-                  "full fine-tuning"), lines)
+def forgetting():
+    lines = []
+    for label, name in (("LoRA, r = 1", "lora-r1"), ("LoRA, r = 8", "lora"),
+                        ("LoRA, r = 64", "lora-r64"), ("MultiLoRA", "multilora"),
+                        ("full, stopped early", "full-short"), ("full", "full")):
+        lines.append((label, over_seeds(name, TEST_LOSS), over_seeds(name, "test.skills.loss"),
+                      spread(claims.intruders(name), 2), spread(claims.intruders(name, "null"), 2)))
+    return table(("", "loss on the mixture", "loss on skills", "intruders, of ten",
+                  "a Gaussian's"), lines)
 
 
 # SmolLM2 on real text ----------------------------------------------------------------------------
@@ -254,10 +304,10 @@ def indented(text):
     return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
 
 
-BLOCKS = {f.__name__: f for f in (methods, learning_rates, ranks, targets, blocks, single,
-                                  found_ranks, planted, intruders, smollm_scores, smollm_rates,
-                                  smollm_ranks, smollm_mixture, smollm_samples, steps, latency,
-                                  generation, others)}
+BLOCKS = {f.__name__: f for f in (methods, pilot, ranks, targets, blocks, single, found_ranks,
+                                  planted, forgetting, of_smollm, smollm_scores, smollm_rates,
+                                  smollm_ranks, smollm_mixture, smollm_samples, of_speed, steps,
+                                  latency, generation, others)}
 BLOCKS |= {"claims": all_claims, "smollm_sample": partial(smollm_samples, last=1)}
 for name in ("nano_methods", "nano_subspaces", "smollm_methods", "smollm_subspaces",
              "last_screen"):

@@ -3,6 +3,7 @@ import json
 import random
 
 import pytest
+import torch
 
 import analyze
 import bench
@@ -13,12 +14,15 @@ import measure
 import ranks
 import results
 import score
+import summed
 import tables
 import train
 import variants
 from results import read_csv
 from support import data
 from support.tasks import builtin
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("page", tables.READMES, ids=["README", "experiments"])
@@ -84,8 +88,26 @@ def test_test_rows_are_in_no_other_part():
         train_rows, valid = builtin(name)
         others = {prompt for prompt, _ in train_rows + valid}
         rows = measure.test_rows(name)
-        assert len(rows) == 400 and not others & {prompt for prompt, _ in rows}
+        assert len(rows) == 200 and not others & {prompt for prompt, _ in rows}
         assert rows == measure.test_rows(name)
+
+
+def test_two_halves_of_one_adapter_are_the_adapter(tmp_path, monkeypatch):
+    """And of three weights the one of the lowest held-out loss is taken."""
+    small = "--data facts --steps 10 --batch_size 8 --eval_rows 5 --rank 2 --device cpu --out".split()
+    train.main([*small, str(tmp_path / "a.pt")])
+    monkeypatch.setattr(measure, "ROWS", 2)
+    monkeypatch.setattr(summed, "WEIGHTS", (0.5,))
+    found = summed.summed([tmp_path / "a.pt"] * 2, CPU)
+    alone = measure.measure(tmp_path / "a.pt", False, CPU)
+    assert found["test.facts.loss"] == pytest.approx(alone["facts.loss"], rel=1e-4)
+    losses = {0.1: 3.0, 0.2: 1.0, 0.3: 2.0}
+    monkeypatch.setattr(summed, "WEIGHTS", tuple(losses))
+    monkeypatch.setattr(summed, "means", lambda *_: {"loss": losses[weights[-1][0]]})
+    weights, combine = [], lora.combine
+    monkeypatch.setattr(lora, "combine", lambda a, w: weights.append(w) or combine(a, w))
+    found = summed.summed([tmp_path / "a.pt"] * 2, CPU)
+    assert found["weight"] == 0.2 and weights[-1] == [0.2, 0.2]
 
 
 def test_a_variant_differs_in_one_thing(gpt):
