@@ -40,7 +40,7 @@ PAPERS = {
     "Task arithmetic": "2212.04089",
     "Intruder dimensions": "2410.21228",
 }
-THREE = ("instruct", "arith", "infer")          # the others are learned whole
+THREE = ("instruct", "arith", "infer")          # the pilot set rates for these
 FORGOTTEN = ("lora-r1", "lora", "lora-r64", "multilora", "full-short", "full")
 
 

@@ -1,5 +1,5 @@
 """
-The rule that decides a claim, fixed before nano.sh's runs were looked at:
+The rule that decides a claim:
 
     one number a seed for each of two groups of runs, paired by seed; d, the differences in the
     direction of the claim; their mean with its 95 % confidence interval (Student), and p
