@@ -85,8 +85,8 @@ def box(ax, x, y, width, height, color):
 
 def forest(path):
     """
-    Each claim's gain with its 95 % interval, in units of its own δ, where 0 is no gain and the gray
-    band what would not count.
+    Each claim's gain with its 95 % interval, in units of its own δ: the gray band is ± δ, and the
+    color the verdict. A line is drawn between papers.
     """
     rows = claims.rows()
     fig, ax = plt.subplots(figsize=(8.5, 0.235 * len(rows) + 1), layout="constrained")
@@ -99,6 +99,9 @@ def forest(path):
         if claim.kind != "better":              # what its interval should be on the side of
             limits = [-1, 1] if claim.kind == "equal" else [-1]
             ax.plot(limits, [y] * len(limits), "|", color="#555555", markersize=7)
+    for y, (one, two) in enumerate(zip(rows, rows[1:])):
+        if one[1].paper != two[1].paper:
+            ax.axhline(y + 0.5, color="#cccccc", linewidth=0.8)
     ax.axvline(0, color="#555555", linewidth=0.8)
     ax.axvspan(-1, 1, color="#eeeeee", zorder=0)
     ax.set_yticks(range(len(rows)), [row.claim.name for _, row in rows], fontsize=7)

@@ -2,7 +2,7 @@
 # Everything that is said of nano: the runs, then their numbers in experiments/results, the figures
 # in experiments/figures, and the READMEs' tables.
 #
-#     experiments/nano.sh            # about HOURS hours on two cores; goes on where it stopped
+#     experiments/nano.sh            # two hours and a half on two cores; goes on where it stopped
 #     experiments/nano.sh ranks      # the claims of one part, from runs in out/nano: names below
 #     experiments/nano.sh --quick    # in small, into out/nano-quick: does it all work?
 #
@@ -17,7 +17,7 @@ FLAGS="$FLAGS --eval_rows 20 --eval_every 300"
 LORA="--lr 7e-3" FULL="--method full --lr 2e-3" # the pilot's
 MULTI="--method multilora --rank 8 --lr 3e-2"
 LORA_ALONE=2.5e-3 MULTI_ALONE=2e-2            # learning rates on one task
-SHORT=190                                   # steps of full fine-tuning to LoRA's loss
+SHORTS="150 175 190" SHORT=190              # steps of full fine-tuning to LoRA's loss
 AUTO="--method autolora --rank 8 --search_steps 150 $LORA"
 SEEDS="0 1 2 3 4 5"
 FEW="0 1 2 3"                               # of what lies far apart
@@ -27,7 +27,7 @@ if [ "${1:-}" = --quick ]; then
     shift
     DIR=out/nano-quick RESULTS=out/nano-quick/results
     FLAGS="$FLAGS --steps 8 --eval_rows 4"
-    AUTO="$AUTO --search_steps 5" SHORT=8
+    AUTO="$AUTO --search_steps 5" SHORTS=8 SHORT=8
     SEEDS="0 1" FEW="0 1" MORE="2 3" PILOT="100 101"
 elif [ $# -gt 0 ]; then
     RESULTS=$DIR/results
@@ -63,7 +63,7 @@ pilot() {                                   # learning rates, by held-out rows
                 --lr $lr --seed $1
         done
     done
-    for steps in 150 175 190; do            # full fine-tuning as good as LoRA
+    for steps in $SHORTS; do                # full fine-tuning as good as LoRA
         run pilot-full-steps$steps-seed$1 $FULL --steps $steps --seed $1
     done
 }
@@ -156,8 +156,7 @@ forgetting() {                              # and full fine-tuning that is as go
 # More seeds of what was undecided ----------------------------------------------------------------
 
 more_methods() {
-    run lora-seed$1 $LORA --rank 8 --seed $1
-    run multilora-seed$1 $MULTI --seed $1
+    methods $1
 }
 
 more_subspaces() {
@@ -165,15 +164,19 @@ more_subspaces() {
 }
 
 more_blocks() {
+    run lora-seed$1 $LORA --rank 8 --seed $1
+    run multilora-seed$1 $MULTI --seed $1
     for n in 1 8; do run multilora-n$n-seed$1 $MULTI --n_blocks $n --seed $1; done
 }
 
 more_single() {
-    more_methods $1
+    run lora-seed$1 $LORA --rank 8 --seed $1
+    run multilora-seed$1 $MULTI --seed $1
     for task in instruct arith infer; do of_one_task $task $1; done
 }
 
 more_autolora() {
+    run lora-seed$1 $LORA --rank 8 --seed $1
     searches $1
     after autolora-seed$1
     dealt uniform $1
@@ -226,8 +229,9 @@ if [ ${#runs[@]} -gt 0 ]; then measured ${runs[@]}; fi
 python experiments/collect.py $DIR $RESULTS/nano_runs.csv
 if [[ $parts = *single* ]]; then python experiments/summed.py $DIR $RESULTS/nano_summed.csv; fi
 if [[ $parts = *methods* ]]; then
-    report nano_methods $DIR/{full,lora,multilora,autolora}-seed{?,1?}.pt \
-        --study spectrum amplification directions intruders ranks
+    studies="spectrum amplification directions intruders"
+    if [[ $parts = *autolora* ]]; then studies="$studies ranks"; fi
+    report nano_methods $DIR/{full,lora,multilora,autolora}-seed{?,1?}.pt --study $studies
 fi
 if [[ $parts = *subspaces* ]]; then
     report nano_subspaces $DIR/lora-qv-r8-seed{?,1?}.pt $DIR/lora-qv-r64-seed{?,1?}.pt \
@@ -240,7 +244,7 @@ fi
 
 if [ $RESULTS = experiments/results ]; then
     FIGURES=experiments/figures
-    cp $DIR/nano_methods/{spectrum,histogram,amplification,directions,intruders,curves}.png $FIGURES
+    cp $DIR/nano_methods/{histogram,amplification,directions,intruders}.png $FIGURES
     cp $DIR/nano_methods/ranks-autolora-seed0.png $FIGURES
     for rank in r8 r64; do
         cp $DIR/nano_subspaces/subspace-lora-qv-$rank-seed0-lora-qv-r64-seed1.png $FIGURES

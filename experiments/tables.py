@@ -34,7 +34,11 @@ def table(head, lines):
 def chances(rows):
     """[a row's p, and Holm's over all of them]"""
     ps = [row.claim.p() for _, row in rows]
-    return [f"{p:.3f}; {corrected:.3f}" for p, corrected in zip(ps, holm(ps))]
+    return [f"{short(p)}; {short(corrected)}" for p, corrected in zip(ps, holm(ps))]
+
+
+def short(p):
+    return f"{p:.3f}" if p >= 0.001 else "<0.001"
 
 
 def all_claims():

@@ -49,21 +49,25 @@ def test_the_best_rate_is_the_lowest_point_of_a_parabola(made_up):
 
 def test_what_multilora_gains_in_the_mixture_and_alone(made_up):
     rows = []
-    for task, alone in (("instruct", 1.0), ("arith", 1.3), ("infer", 0.8)):
+    for task, alone in (("instruct", 1.0), ("arith", 1.3), ("infer", 0.8), ("facts", 2.0),
+                        ("data2text", 3.0)):
         key = f"{task}_loss"
         for seed in (0, 1):
             rows.append(run(f"lora-{task}", seed, **{key: math.exp(alone)}))
             rows.append(run(f"multilora-{task}", seed, **{key: 1.0}))
     for seed in (0, 1, 2):
         mixed = {"instruct_loss": math.exp(1.1), "arith_loss": math.exp(1.2),
-                 "infer_loss": math.exp(1.3), "mean_loss": 1.0}
+                 "infer_loss": math.exp(1.3), "facts_loss": math.exp(0.1),
+                 "data2text_loss": math.exp(0.3), "mean_loss": 1.0}
         rows.append(run("lora", seed, **mixed))
         rows.append(run("multilora", seed, **dict.fromkeys(mixed, 1.0)))
     made_up("nano_runs.csv", rows)
     made_up("nano_summed.csv", [run(f"{m}-summed", 0, mean_loss=2.0) for m in ("lora", "multilora")])
-    more, lora, _ = (row.claim for row in claims.single())
+    more, of_five, lora, _ = (row.claim for row in claims.single())
     assert more.ours == pytest.approx([1.2, 1.2])
     assert more.control == pytest.approx([(1.0 + 1.3 + 0.8) / 3] * 2)
+    assert of_five.ours == pytest.approx([0.8, 0.8])
+    assert of_five.control == pytest.approx([8.1 / 5] * 2)
     assert lora.gains() == pytest.approx([-math.log(2)])
 
 
