@@ -2,15 +2,18 @@
 Other ranks of as many parameters as those that AutoLoRA found, for train.py --ranks:
 
     python experiments/ranks.py FOUND.pt uniform|random|shuffled|chance SEED OUT.pt
+    python experiments/ranks.py FOUND.pt null SEED OUT.pt --from NULL.pt
 
 uniform     the same rank everywhere, but for what does not divide
 random      any ranks from 1 to k
 shuffled    the found ranks, dealt out anew among the matrices of one shape: if these do as well,
             the search has not found where the rank is needed
 chance      what a search that has learned nothing would find: with every β a small random number
-            about half of the k candidates reach 1/k; of another number of parameters
+            about half of the k candidates reach 1/k
+null        the ranks that the search of NULL.pt found
 
-The first two stay below the found ranks' number of parameters by less than one more rank costs.
+All but the shuffled are lowered or raised here and there, at random, until they stay below the found
+ranks' number of parameters by less than one more rank costs.
 """
 import argparse
 import math
@@ -69,32 +72,39 @@ def chance_ranks(found, k, dice):
     return new
 
 
-def deal(found, kind, cost, k, dice):
-    """{name: rank} of that kind, but for chance of as many parameters as those `found`."""
+def deal(found, kind, cost, k, dice, null=None):
+    """{name: rank} of that kind, of as many parameters as those `found`."""
     budget = spent(found, cost)
     if kind == "shuffled":
         return shuffled(found, cost, dice)
-    if kind == "chance":
-        return chance_ranks(found, k, dice)
-    if kind == "random":
-        return spend(random_ranks(found, k, dice), k, budget, cost, dice)
-    low = budget // sum(cost.values())
-    return spend(dict.fromkeys(found, low), low + 1, budget, cost, dice)
+    if kind == "uniform":
+        low = budget // sum(cost.values())
+        return spend(dict.fromkeys(found, low), low + 1, budget, cost, dice)
+    if kind == "null":
+        new = dict(null)
+    else:
+        new = {"random": random_ranks, "chance": chance_ranks}[kind](found, k, dice)
+    return spend(new, k, budget, cost, dice)
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("found", help="a finished run of --method autolora")
-    p.add_argument("kind", choices=("uniform", "random", "shuffled", "chance"))
+    p.add_argument("kind", choices=("uniform", "random", "shuffled", "chance", "null"))
     p.add_argument("seed", type=int)
     p.add_argument("out", type=Path, help="an adapter of the new ranks, untrained")
+    p.add_argument("--from", dest="null", metavar="NULL.pt", help="another such run, of null")
     args = p.parse_args(argv)
+    if (args.kind == "null") != (args.null is not None):
+        p.error("null, and only that, needs --from")
     saved, settings = checkpoint.open_run(args.found)
-    found, cost = checkpoint.ranks_of(args.found, saved["base"]), {}
+    found, cost, null = checkpoint.ranks_of(args.found, saved["base"]), {}, None
+    if args.kind == "null":
+        null = checkpoint.ranks_of(args.null, saved["base"])
     for name, own in saved["adapter"]["tensors"].items():
         cost[name] = own["A"].size(1) + own["B"].size(0)
-    new = deal(found, args.kind, cost, settings.rank, random.Random(args.seed))
+    new = deal(found, args.kind, cost, settings.rank, random.Random(args.seed), null)
     model = lora.inject(checkpoint.start_model(settings, "cpu"), rank=new)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write({"adapter": lora.state_dict(model)}, args.out)

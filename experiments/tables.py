@@ -17,7 +17,6 @@ from results import (BENCH, LOSS, PLANTED_RANKS, RESULTS, ROOT, column, over_see
 from verdicts import holm
 
 READMES = (ROOT / "README.md", ROOT / "experiments" / "README.md")
-TASKS = ("instruct", "arith", "infer", "facts", "data2text")
 METHODS = ("lora", "multilora", "autolora", "full")
 
 
@@ -68,7 +67,7 @@ def of_smollm():
 def of_speed():
     lines = []
     for ratio in claims.speed():
-        quarter = f"{ratio.value:.2f} ({quartiles({'quartiles': ratio.quartiles}, 2)})"
+        quarter = f"{ratio.value:.3f} ({quartiles({'quartiles': ratio.quartiles})})"
         lines.append((ratio.name, ratio.groups, quarter, f"{ratio.limit:g}",
                       f"**{ratio.verdict()}**"))
     return table(("claim", "ratio of", "median (quartiles)", "limit", "verdict"), lines)
@@ -91,7 +90,7 @@ def both(name):
 
 def methods():
     lines = []
-    for task in (*TASKS, "mean"):
+    for task in (*claims.TASKS, "mean"):
         line = [task]
         for name in METHODS:
             line.append(over_seeds(name, f"test.{task}.exact"))
@@ -152,7 +151,7 @@ def blocks():
 
 def single():
     lines = []
-    for task in TASKS:
+    for task in claims.TASKS:
         line = [task]
         for name in (f"lora-{task}", f"multilora-{task}"):
             line.append(over_seeds(name, f"test.{task}.loss"))
@@ -173,7 +172,7 @@ def single():
 def found_ranks():
     return compared({
         "found": "autolora", "equal": "uniform", "random": "random", "found, shuffled": "shuffled",
-        "of a β that learned nothing": "chance", "found with others' answers": "null-search",
+        "of a β that learned nothing": "chance", "found with others' answers": "null",
         "found, first-order": "first-order", "found, all scales α/k": "fixed-found",
         "equal, all scales α/k": "fixed-uniform", "8 everywhere": "lora",
     }, "ranks")
@@ -191,13 +190,14 @@ def planted():
 
 def forgetting():
     lines = []
-    for label, name in (("LoRA, r = 1", "lora-r1"), ("LoRA, r = 8", "lora"),
-                        ("LoRA, r = 64", "lora-r64"), ("MultiLoRA", "multilora"),
-                        ("full, stopped early", "full-short"), ("full", "full")):
-        lines.append((label, over_seeds(name, TEST_LOSS), over_seeds(name, "test.skills.loss"),
-                      spread(claims.intruders(name), 2), spread(claims.intruders(name, "null"), 2)))
-    return table(("", "loss on the mixture", "loss on skills", "intruders, of ten",
-                  "a Gaussian's"), lines)
+    for name in claims.FORGOTTEN:
+        run = seeds(name)[0]
+        label = f"{run['method']}, {run['lr']:g}" + (f", r = {run['rank']}" if "rank" in run else "")
+        losses = [over_seeds(name, f"test.{task}.loss") for task in ("instruct", "skills")]
+        counts = [spread(claims.intruders(name, kind), 2) for kind in ("real", "null")]
+        lines.append((label, *losses, *counts))
+    return table(("method, learning rate", "loss on instruct", "loss on skills", "intruders, of ten", "a Gaussian's"),
+                 lines)
 
 
 # SmolLM2 on real text ----------------------------------------------------------------------------

@@ -60,8 +60,9 @@ def test_other_ranks_cost_what_the_found_ones_cost(seed):
     dice = random.Random(seed)
     found = {name: dice.randint(1, 16) for name in "abcdefgh"}
     cost = {name: 256 if name < "e" else 640 for name in found}
-    for kind in ("uniform", "random", "shuffled"):
-        new = ranks.deal(dict(found), kind, cost, 16, dice)
+    null = dict.fromkeys(found, dice.randint(1, 16))
+    for kind in ("uniform", "random", "shuffled", "chance", "null"):
+        new = ranks.deal(dict(found), kind, cost, 16, dice, null)
         left = sum(cost[name] * (found[name] - new[name]) for name in found)
         assert new.keys() == found.keys() and all(1 <= r <= 16 for r in new.values())
         assert 0 <= left < 640 and (left == 0 or kind != "shuffled")
@@ -162,7 +163,6 @@ def test_no_run_counts_twice_in_phi(tmp_path, monkeypatch):
 
 
 def test_chance_finds_half_of_the_candidates():
-    found = ranks.deal(dict.fromkeys(range(2000), 3), "chance", dict.fromkeys(range(2000), 1), 16,
-                       random.Random(0))
+    found = ranks.chance_ranks(dict.fromkeys(range(2000), 3), 16, random.Random(0))
     mean = sum(found.values()) / len(found)
     assert 7.8 < mean < 8.2 and min(found.values()) < 6 and max(found.values()) > 10
