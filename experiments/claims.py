@@ -378,19 +378,23 @@ def autolora():
 def forgetting():
     def forgets(name, says, control, smollm=()):
         """The row of a claim that LoRA's loss on the base's skills is lower."""
-        groups = [log_loss(run, "skills") for run in ("lora-instruct", control)]
-        claim = Claim(name, f"lora-instruct and {control}", *groups, OF_LOSS, smaller=True)
+        losses = {}
+        for task in ("skills", "instruct"):
+            both = (log_loss(run, task) for run in ("lora-instruct", control))
+            losses[task] = same_seeds(*both)
+        claim = Claim(name, f"lora-instruct and {control}", *losses["skills"], OF_LOSS, smaller=True)
         found = []
         for task, label in (("skills", "loss on skills"), ("instruct", "on instruct")):
-            losses = [mean(column(run, f"test.{task}.loss")) for run in ("lora-instruct", control)]
-            found.append("{} {:.2f} and {:.2f}".format(label, *losses))
+            averages = [mean(map(exp, group)) for group in losses[task]]
+            found.append("{} {:.2f} and {:.2f}".format(label, *averages))
         return Row("LoRA learns less and forgets less", says, claim, "; ".join(found), smollm)
 
-    ours, paper = intruders("lora-instruct"), "Intruder dimensions"
-    over_full = Claim("more intruders than full", "of ten vectors, LoRA's and full's", ours,
-                      intruders("full-instruct"), OF_INTRUDERS)
+    paper = "Intruder dimensions"
+    ours, gaussians = (intruders("lora-instruct", kind) for kind in ("real", "null"))
+    over_full = Claim("more intruders than full", "of ten vectors, LoRA's and full's",
+                      *same_seeds(ours, intruders("full-instruct")), OF_INTRUDERS)
     over_chance = Claim("more intruders than a Gaussian", "of ten vectors, LoRA's and a Gaussian's",
-                        ours, intruders("lora-instruct", "null"), OF_INTRUDERS)
+                        ours, gaussians, OF_INTRUDERS)
     found = go_with_forgetting()
     together = Claim("intruders go with forgetting", "correlation over 13 kinds of runs, and 0",
                      found, [0] * len(found), OF_CORRELATION)

@@ -220,7 +220,6 @@ more_autolora() {
 
 most_methods() { methods $1; }
 most_subspaces() { subspaces $1; }
-most_single() { single $1; }
 
 most_autolora() {
     run lora-seed$1 $LORA --rank 8 --seed $1

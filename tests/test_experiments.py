@@ -69,6 +69,13 @@ def test_other_ranks_cost_what_the_found_ones_cost(seed):
         assert kind != "uniform" or max(new.values()) - min(new.values()) <= 1
 
 
+def test_ranks_of_a_null_stay_if_they_cost_as_much():
+    found, null = {"a": 1, "b": 5, "c": 2}, {"a": 4, "b": 2, "c": 2}
+    for kind, expected in (("null", null), ("shuffled", found)):
+        new = ranks.deal(found, kind, dict.fromkeys(found, 256), 8, random.Random(0), null)
+        assert sorted(new.values()) == sorted(expected.values())
+
+
 def test_the_benchmark_runs(tmp_path):
     small = "--rounds 2 --n_layer 1 --n_embd 64 --vocab_size 300 --batch 1 8 --latency 1x8"
     more, d, out = "--generate 4 4 --device cpu --out", 64, tmp_path / "bench.json"
