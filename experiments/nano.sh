@@ -107,7 +107,7 @@ blocks() {                                  # each at the pilot's learning rate
     run multilora-seed$1 $MULTI --seed $1
     of_blocks $1
     TRAIN="python experiments/variants.py learned-s"
-    run lora-learned-s-seed$1 --rank 8 --lr 7e-3 --seed $1
+    run lora-learned-s-seed$1 $LORA --rank 8 --seed $1
     TRAIN="python experiments/variants.py random-b"
     run lora-random-b-seed$1 --rank 8 --lr 5e-3 --seed $1
     TRAIN=
