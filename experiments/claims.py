@@ -364,10 +364,10 @@ def autolora():
         compared("AutoLoRA", "as good as r = k everywhere",
                  "they are as good as r = k everywhere (not the paper's claim)",
                  "autolora", "lora", ("as good as r = k",), kind="no worse"),
-        compared("AutoLoRA", "needs the second term", "it needs the second term of its gradient (η = 0.01)",
-                 "autolora", "first-order"),
+        compared("AutoLoRA", "needs the second term",
+                 "it needs the second term of its gradient (η = 0.01)", "autolora", "first-order"),
         Row("AutoLoRA", "it finds what layers need: two seeds' searches agree", agree),
-        Row("AutoLoRA", "it finds ranks that were planted: off by less than half of what one rank for all is",
+        Row("AutoLoRA", "it finds planted ranks: off by less than half of what one rank for all is",
             planted, by="planted.py"),
         Row("AutoLoRA", "and by softmax better than by σ (its ablation)", over_sigmoid,
             by="planted.py"),
@@ -382,7 +382,8 @@ def forgetting():
         for task in ("skills", "instruct"):
             both = (log_loss(run, task) for run in ("lora-instruct", control))
             losses[task] = same_seeds(*both)
-        claim = Claim(name, f"lora-instruct and {control}", *losses["skills"], OF_LOSS, smaller=True)
+        claim = Claim(name, f"lora-instruct and {control}", *losses["skills"], OF_LOSS,
+                      smaller=True)
         found = []
         for task, label in (("skills", "loss on skills"), ("instruct", "on instruct")):
             averages = [mean(map(exp, group)) for group in losses[task]]
@@ -401,8 +402,8 @@ def forgetting():
     return [
         forgets("forgets less than full", "LoRA forgets less than full fine-tuning",
                 "full-instruct", ("forgets less",)),
-        forgets("also at equal loss", "also than full fine-tuning at the rate that learns as much (pilot)",
-                AS_GOOD),
+        forgets("also at equal loss",
+                "also than full fine-tuning at the rate that learns as much, by the pilot", AS_GOOD),
         Row(paper, "LoRA has more of them than full fine-tuning", over_full),
         Row(paper, "and more than a Gaussian ΔW as large", over_chance),
         Row(paper, "their number goes with what was forgotten", together),

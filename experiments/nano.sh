@@ -34,7 +34,7 @@ if [ "${1:-}" = --quick ]; then
     DIR=out/nano-quick RESULTS=out/nano-quick/results
     FLAGS="$FLAGS --steps 8 --eval_rows 4"
     AUTO="$AUTO --search_steps 5"
-    SEEDS="0 1" FEW="0 1" MORE="2 3" MOST="4 5" PILOT="100 101" MORE_PILOT=102
+    SEEDS="0 1" FEW="0 1" MORE=2 MOST=3 PILOT="100 101" MORE_PILOT=102
 elif [ $# -gt 0 ]; then
     RESULTS=$DIR/results
 fi
@@ -181,7 +181,9 @@ of_the_null() {
 
 forgetting() {                              # on instruct, which does not overwrite all skills
     run lora-instruct-seed$1 $(lora_alone instruct 8) --seed $1
-    for rank in 1 64; do run lora-instruct-r$rank-seed$1 $(lora_alone instruct $rank) --seed $1; done
+    for rank in 1 64; do
+        run lora-instruct-r$rank-seed$1 $(lora_alone instruct $rank) --seed $1
+    done
     run multilora-instruct-seed$1 $(multi_alone instruct) --seed $1
     run full-instruct-seed$1 --method full $(alone instruct) --lr $FULL_ALONE --seed $1
     at_rates lora "1.2e-3 2.5e-3 1e-2" $1 --rank 8

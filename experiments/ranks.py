@@ -12,8 +12,8 @@ chance      what a search that has learned nothing would find: with every β a s
             about half of the k candidates reach 1/k
 null        the ranks that the search of NULL.pt found
 
-All but the shuffled are lowered or raised here and there, at random, until they stay below the found
-ranks' number of parameters by less than one more rank costs.
+All but the shuffled are lowered or raised here and there, at random, until they stay below the
+found ranks' number of parameters by less than one more rank costs.
 """
 import argparse
 import math

@@ -192,12 +192,14 @@ def forgetting():
     lines = []
     for name in claims.FORGOTTEN:
         run = seeds(name)[0]
-        label = f"{run['method']}, {run['lr']:g}" + (f", r = {run['rank']}" if "rank" in run else "")
+        label = f"{run['method']}, {run['lr']:g}"
+        if "rank" in run:
+            label += f", r = {run['rank']}"
         losses = [over_seeds(name, f"test.{task}.loss") for task in ("instruct", "skills")]
         counts = [spread(claims.intruders(name, kind), 2) for kind in ("real", "null")]
         lines.append((label, *losses, *counts))
-    return table(("method, learning rate", "loss on instruct", "loss on skills", "intruders, of ten", "a Gaussian's"),
-                 lines)
+    return table(("method, learning rate", "loss on instruct", "loss on skills",
+                  "intruders, of ten", "a Gaussian's"), lines)
 
 
 # SmolLM2 on real text ----------------------------------------------------------------------------

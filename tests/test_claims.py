@@ -62,7 +62,8 @@ def test_what_multilora_gains_in_the_mixture_and_alone(made_up):
         rows.append(run("lora", seed, **mixed))
         rows.append(run("multilora", seed, **dict.fromkeys(mixed, 1.0)))
     made_up("nano_runs.csv", rows)
-    made_up("nano_summed.csv", [run(f"{m}-summed", 0, mean_loss=2.0) for m in ("lora", "multilora")])
+    summed = [run(f"{method}-summed", 0, mean_loss=2.0) for method in ("lora", "multilora")]
+    made_up("nano_summed.csv", summed)
     of_five, lora, _ = (row.claim for row in claims.single())
     assert of_five.ours == pytest.approx([0.8, 0.8])
     assert of_five.control == pytest.approx([8.1 / 5] * 2)
@@ -71,7 +72,8 @@ def test_what_multilora_gains_in_the_mixture_and_alone(made_up):
 
 def test_searches_that_agree(made_up):
     ranks = ["1 2 3", "2 4 6", "1 2 3", "3 2 1", "1 1 2"]
-    made_up("nano_runs.csv", [{"name": f"autolora-seed{i}", "ranks": r} for i, r in enumerate(ranks)])
+    rows = [{"name": f"autolora-seed{i}", "ranks": r} for i, r in enumerate(ranks)]
+    made_up("nano_runs.csv", rows)
     assert claims.alike("autolora") == pytest.approx([1, -1])           # no seed counts twice
 
 
@@ -80,8 +82,10 @@ def test_how_far_ranks_are_from_the_planted_ones(made_up):
         row = {"search": search, "step": step}
         return row | {f"rank of {p}": r for p, r in zip(results.PLANTED_RANKS, ranks)}
 
-    made_up("planted.csv", [found("none", 300, (1, 1, 2, 4, 6)), found("none", 300, (2, 2, 2, 2, 2)),
-                            found("none", 100, (8, 8, 8, 8, 8)), found("default", 1000, (1, 2, 3, 4, 5))])
+    made_up("planted.csv", [found("none", 300, (1, 1, 2, 4, 6)),
+                            found("none", 300, (2, 2, 2, 2, 2)),
+                            found("none", 100, (8, 8, 8, 8, 8)),
+                            found("default", 1000, (1, 2, 3, 4, 5))])
     assert claims.off_planted("none") == pytest.approx([0, (1 + 1 + 0 + 2 + 4) / 5])
     assert claims.off_planted("default") == pytest.approx([(0 + 1 + 1 + 0 + 1) / 5])
 
