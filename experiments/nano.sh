@@ -28,7 +28,7 @@ FEW="0 1 2 3"                               # of what lies far apart
 MORE="6 7 8 9 10 11"                        # of what was undecided then
 MOST="12 13 14 15 16 17 18 19"              # and then
 PILOT="100 101 102"
-MORE_PILOT="103 104 105 106 107 108"
+MORE_PILOT="103 104 105 106 107 108 109 110 111"
 if [ "${1:-}" = --quick ]; then
     shift
     DIR=out/nano-quick RESULTS=out/nano-quick/results
@@ -216,12 +216,16 @@ more_autolora() {
     null_search $1
     after autolora-seed$1
     dealt uniform $1
+    dealt chance $1
+    run chance-seed$1 $LORA --ranks $DIR/ranks/chance-seed$1.pt --seed $1
     of_fixed_scale $1
     of_the_null $1
 }
 
 most_methods() { methods $1; }
 most_subspaces() { subspaces $1; }
+most_blocks() { more_blocks $1; }
+most_single() { single $1; }
 
 most_autolora() {
     run lora-seed$1 $LORA --rank 8 --seed $1

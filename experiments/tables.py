@@ -80,6 +80,7 @@ def others():
 
 # nano --------------------------------------------------------------------------------------------
 
+VARIANTS = {"learned-s": "LoRA with a learned s", "random-b": "LoRA with a random B"}
 TEST_LOSS, TEST_EXACT = "test.mean.loss", "test.mean.exact"
 
 
@@ -112,7 +113,8 @@ def pilot():
     lines = []
     for what, own in losses.items():
         rates = [f"{lr:g}: {spread(own[lr])}" for lr in sorted(own)]
-        label = re.sub(r"^r(\d+)", r"LoRA, r = \1", what).replace("-", ", ")
+        label = re.sub(r"^r(\d+)", r"LoRA, r = \1", what.replace("-", ", "))
+        label = VARIANTS.get(what, label)
         lines.append((label, "; ".join(rates)))
     return table(("runs", "learning rate: held-out loss"), lines)
 
