@@ -424,7 +424,7 @@ def speed():
     smaller = {what: steps["LoRA"][what] / full[what] for what in ("optimizer_MB", "file_MB")}
     tried = [(1 + ratio / 2) / 8 for ratio in (search["ratio"], *search["quartiles"])]
     return [
-        Ratio("LoRA's optimizer state is smaller (and 10,000 times fewer parameters of GPT-3)",
+        Ratio("LoRA's optimizer state is smaller (of GPT-3: 10,000 times fewer parameters)",
               "AdamW's moments, LoRA / full", *exactly(smaller["optimizer_MB"]), 1.0),
         Ratio("and so is its file", "LoRA / full", *exactly(smaller["file_MB"]), 1.0),
         Ratio("LoRA's steps are faster than full fine-tuning's (25 % for GPT-3)",
