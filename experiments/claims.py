@@ -442,8 +442,8 @@ def speed():
 
 PARTS = {f.__name__: f for f in (pilot, methods, ranks, targets, subspaces, blocks, single,
                                  autolora, forgetting)}
-MINUTES = {"pilot": 50, "methods": 18, "ranks": 4, "targets": 12, "subspaces": 12, "blocks": 18,
-           "single": 22, "autolora": 60, "forgetting": 17, "planted.py": 9}     # on two cores
+MINUTES = {"pilot": 56, "methods": 18, "ranks": 4, "targets": 12, "subspaces": 12, "blocks": 24,
+           "single": 36, "autolora": 60, "forgetting": 20, "planted.py": 9}     # on two cores
 
 
 def rows():

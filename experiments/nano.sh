@@ -2,7 +2,7 @@
 # Everything that is said of nano: the runs, then their numbers in experiments/results, the figures
 # in experiments/figures, and the READMEs' tables.
 #
-#     experiments/nano.sh            # three hours on two cores; goes on where it stopped
+#     experiments/nano.sh            # three hours and a half on two cores; resumable
 #     experiments/nano.sh ranks      # the claims of one part, from runs in out/nano: names below
 #     experiments/nano.sh --quick    # in small, into out/nano-quick: does it all work?
 #
@@ -226,6 +226,12 @@ most_methods() { methods $1; }
 most_subspaces() { subspaces $1; }
 most_blocks() { more_blocks $1; }
 most_single() { single $1; }
+
+most_forgetting() {                         # lora-instruct has more seeds in single
+    run lora-instruct-seed$1 $(lora_alone instruct 8) --seed $1
+    run full-instruct-seed$1 --method full $(alone instruct) --lr $FULL_ALONE --seed $1
+    at_rates full 5e-4 $1 --method full
+}
 
 most_autolora() {
     run lora-seed$1 $LORA --rank 8 --seed $1
