@@ -28,7 +28,7 @@ FEW="0 1 2 3"                               # of what lies far apart
 MORE="6 7 8 9 10 11"                        # of what was undecided then
 MOST="12 13 14 15 16 17 18 19"              # and then
 PILOT="100 101 102"
-MORE_PILOT="103 104 105 106 107 108 109 110 111"
+MORE_PILOT="103 104 105 106 107 108 109 110 111 112 113 114 115 116 117 118 119"
 if [ "${1:-}" = --quick ]; then
     shift
     DIR=out/nano-quick RESULTS=out/nano-quick/results

@@ -98,11 +98,13 @@ def of_study(file, name, what, over=None, **wanted):
     return [mean(groups[seed]) for seed in sorted(groups)]
 
 
-def phi(file, pair, which, side="input"):
-    """φ of "first" or of "all" directions: means over the runs of seeds 0 and 1, of 2 and 3 ...,
-    as no seed may count twice."""
+def phi(file, pair, which, side="input", target=None):
+    """φ of "first" or of "all" directions, of all matrices or of one target's: means over the runs
+    of seeds 0 and 1, of 2 and 3 ..., as no seed may count twice."""
     found = {}
     for row in where(read_csv(file), pair=pair):
+        if target not in (None, row["name"].rpartition(".")[2]):
+            continue
         seeds = {int(row[run].rpartition("-seed")[2]) for run in "ab"}
         if min(seeds) % 2 == 0 and max(seeds) == min(seeds) + 1:
             found.setdefault(min(seeds), []).append(row[f"{side}.{which}"])

@@ -8,9 +8,10 @@ from verdicts import Claim
 
 RUNS, METHODS = "smollm_runs.csv", "smollm_methods.csv"
 SUBSPACES, PAIRS = "smollm_subspaces.csv", "smollm_subspaces_pairs.csv"
-R4_AND_R64, R64 = "lora-qv-r4 and lora-qv-r64", "lora-qv-r64 and lora-qv-r64"
+R4_AND_R64 = "lora-qv-r4 and lora-qv-r64"
+R4, R64 = "lora-qv-r4 and lora-qv-r4", "lora-qv-r64 and lora-qv-r64"
 # δ of what is no loss
-OF_PHI, OF_SHARE, OF_RATIO, OF_RANK = 0.05, 0.01, 0.1, 0.2
+OF_PHI, OF_SHARE, OF_RATIO = 0.05, 0.01, 0.1
 
 
 def loss(name):
@@ -18,8 +19,8 @@ def loss(name):
     return column(name, "score.valid_loss", RUNS)
 
 
-def of_q(what, name="lora-qv-r4", target="q_proj"):
-    return of_study(SUBSPACES, name, what, target=target)
+def of_q(what):
+    return of_study(SUBSPACES, "lora-qv-r4", what, target="q_proj")
 
 
 def claims():
@@ -79,9 +80,9 @@ def of_subspaces():
               every, one_shared, OF_PHI, smaller=True, kind="no worse"),
         Claim("seeds share", "φ(1, 1) of two seeds of r = 64, inputs, theirs and random ones'",
               phi(PAIRS, R64, "first"), phi(PAIRS, R64, "first", "random"), OF_PHI),
-        Claim("r = 64: q over v", "effective rank, q and v",
-              of_q("effective_rank", "lora-qv-r64"),
-              of_q("effective_rank", "lora-qv-r64", "v_proj"), OF_RANK),
+        Claim("more for q", "φ(4, 4) of two seeds of r = 4, inputs, q and v",
+              phi(PAIRS, R4, "all", target="q_proj"), phi(PAIRS, R4, "all", target="v_proj"),
+              OF_PHI),
         Claim("more of W than random", "‖UᵀWV‖ at r = 4, ΔW's and a Gaussian's", projection,
               of_q("null.projection"), OF_PHI),
         Claim("not W's top", "‖UᵀWV‖, ΔW's and half of W's", projection, half_of_top, OF_PHI,
