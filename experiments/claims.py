@@ -402,7 +402,7 @@ def forgetting():
         forgets("forgets less than full", "LoRA forgets less than full fine-tuning",
                 "full-instruct", ("forgets less",)),
         forgets("also at equal loss",
-                "also than full fine-tuning at the rate that learns as much, by the pilot", AS_GOOD),
+                "also than full fine-tuning at a rate that learns as much, by the pilot", AS_GOOD),
         Row(paper, "LoRA has more of them than full fine-tuning", over_full),
         Row(paper, "and more than a Gaussian ΔW as large", over_chance),
         Row(paper, "their number goes with what was forgotten", together),

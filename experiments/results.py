@@ -3,6 +3,7 @@ The results in experiments/results, as tables.py, claims.py and figures.py need 
 """
 import csv
 import json
+import re
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
@@ -58,13 +59,10 @@ def runs(file="nano_runs.csv"):
 
 
 def seeds(name, file="nano_runs.csv"):
-    """The runs of a name, in the order of their seeds. Raises KeyError where there are none."""
-    found, known = [], runs(file)
-    while f"{name}-seed{len(found)}" in known:
-        found.append(known[f"{name}-seed{len(found)}"])
-    if not found:
-        raise KeyError(f"{file} has no {name}-seed0")
-    return found
+    """The runs of a name, of seeds 0, 1, 2 ... Raises KeyError where one is missing."""
+    known = runs(file)
+    count = sum(re.fullmatch(rf"{name}-seed\d+", run) is not None for run in known)
+    return [known[f"{name}-seed{seed}"] for seed in range(max(1, count))]
 
 
 def column(name, of, file="nano_runs.csv"):
@@ -99,15 +97,13 @@ def of_study(file, name, what, over=None, **wanted):
 
 
 def phi(file, pair, which, side="input", target=None):
-    """φ of "first" or of "all" directions, of all matrices or of one target's: means over the runs
-    of seeds 0 and 1, of 2 and 3 ..., as no seed may count twice."""
+    """φ of "first" or of "all" directions, of all matrices or of one target's: a mean for each
+    couple of seeds (flatten.py has kept 0 and 1, 2 and 3 ...)."""
     found = {}
     for row in where(read_csv(file), pair=pair):
-        if target not in (None, row["name"].rpartition(".")[2]):
-            continue
-        seeds = {int(row[run].rpartition("-seed")[2]) for run in "ab"}
-        if min(seeds) % 2 == 0 and max(seeds) == min(seeds) + 1:
-            found.setdefault(min(seeds), []).append(row[f"{side}.{which}"])
+        if target is None or row["name"].endswith(f".{target}"):
+            first = min(int(row[run].rpartition("-seed")[2]) for run in "ab")
+            found.setdefault(first, []).append(row[f"{side}.{which}"])
     return [mean(found[seed]) for seed in sorted(found)]
 
 

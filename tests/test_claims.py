@@ -105,10 +105,13 @@ def test_one_shared_direction_is_no_sign_of_others(made_up):
     """φ(8, 64) of one shared direction and seven random ones."""
     sides = {"output.first": 0, "output.all": 0, "input.first": 0.9, "random.first": 0.1}
     rows = []
-    for pair in (claims.R8_AND_R64, claims.R64):
+    for pair in (claims.R8_AND_R64, claims.R64, claims.R8):
         for seed in (0, 2):
-            rows.append({"pair": pair, "a": f"a-seed{seed}", "b": f"b-seed{seed + 1}",
-                         "input.all": (1 + 7 * 0.5) / 8 + 0.001 * seed, "random.all": 0.5} | sides)
+            for target, more in (("q", 0.01), ("v", -0.01)):
+                phi = (1 + 7 * 0.5) / 8 + 0.001 * seed + more
+                rows.append({"pair": pair, "a": f"a-seed{seed}", "b": f"b-seed{seed + 1}",
+                             "name": f"h.0.attn.{target}", "input.all": phi, "random.all": 0.5})
+                rows[-1] |= sides
     made_up("nano_subspaces_pairs.csv", rows)
     measures = dict.fromkeys("effective_rank projection top_W amplification null.projection "
                              "null.amplification".split(), 2.0)
@@ -121,4 +124,5 @@ def test_one_shared_direction_is_no_sign_of_others(made_up):
     found = {row.claim.name: row.claim for row in claims.subspaces()}
     assert found["and share no others"].gains() == pytest.approx([0, -0.002])
     assert found["φ(1, 1) above 0.5"].gains() == pytest.approx([0.4, 0.4])
+    assert found["two seeds share more of ΔW_q"].gains() == pytest.approx([0.02, 0.02])
     assert found["but not W_q's top directions"].gains() == pytest.approx([-1, -1])

@@ -37,11 +37,11 @@ def runs(tmp_path_factory):
     """The folder of a run of AutoLoRA and one of its ranks shuffled, and their results."""
     folder = tmp_path_factory.mktemp("runs")
     small = "--data facts --steps 2 --batch_size 4 --eval_rows 2 --out".split()
-    auto, lora, new = (str(folder / f) for f in ("auto-seed0.pt", "lora-seed0.pt", "new/ranks.pt"))
+    auto, lora, new = (str(folder / f) for f in ("auto-seed0.pt", "lora-seed1.pt", "new/ranks.pt"))
     search = "--method autolora --targets q up --rank 4 --search_steps 3".split()
     found = {"auto-seed0": train.main([*search, *small, auto])}
     ranks.main([auto, "shuffled", "0", new])
-    return folder, found | {"lora-seed0": train.main(["--ranks", new, *small, lora])}
+    return folder, found | {"lora-seed1": train.main(["--ranks", new, *small, lora, "--seed", "1"])}
 
 
 def test_analyses_become_the_tables_that_the_claims_are_read_from(runs, tmp_path):
@@ -160,13 +160,25 @@ def test_texts_of_one_meaning_are_its_references(tmp_path):
 
 
 def test_no_run_counts_twice_in_phi(tmp_path, monkeypatch):
-    rows = []
+    found = []
     for a, b, phi in ((0, 1, 0.2), (1, 0, 0.4), (0, 2, 0.9), (1, 2, 0.9), (2, 3, 0.6), (3, 5, 0.9)):
-        rows.append({"pair": "x and y", "a": f"x-seed{a}", "b": f"y-seed{b}", "input.first": phi})
-    rows.append({**rows[0], "pair": "x and z", "input.first": 0.9})
-    collect.write(rows, tmp_path / "pairs.csv")
+        for target, more in (("q", 0), ("v", 0.1)):
+            ends = [phi + more, 1]
+            found.append({"pair": "x and y", "a": f"x-seed{a}", "b": f"y-seed{b}",
+                          "name": f"h.0.{target}", "input": ends, "output": ends, "random": ends})
+    found.append({**found[0], "pair": "x and z", "input": [0.9, 1]})
+    collect.write(flatten.pairs(found), tmp_path / "pairs.csv")
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    assert results.phi("pairs.csv", "x and y", "first") == pytest.approx([0.3, 0.6])
+    assert results.phi("pairs.csv", "x and y", "first") == pytest.approx([0.35, 0.65])
+    assert results.phi("pairs.csv", "x and y", "first", target="q") == pytest.approx([0.3, 0.6])
+
+
+def test_a_missing_seed_is_no_end(tmp_path, monkeypatch):
+    collect.write([{"name": f"x-seed{seed}"} for seed in (0, 1, 3)], tmp_path / "runs.csv")
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    for name in ("x", "y"):
+        with pytest.raises(KeyError, match="x-seed2|y-seed0"):
+            results.seeds(name, "runs.csv")
 
 
 def test_chance_finds_half_of_the_candidates():
