@@ -5,8 +5,8 @@ The numbers that are reported: runs of nano on rows that chose no setting.
 
 Training holds out `valid` rows, by which learning rates and the like were chosen. These are 200
 others of each task (of `facts`, which asks for what it has taught, the same). Into NAME-test.json
-beside each checkpoint, which collect.py puts into its row; --skills adds the base's own skills:
-what was forgotten. --share i/n takes every n-th checkpoint, for n processes.
+beside each checkpoint, which collect.py puts into its row; --skills adds the loss on the base's own
+skills: what was forgotten. --share i/n takes every n-th checkpoint, for n processes.
 """
 import argparse
 import json
@@ -58,7 +58,7 @@ def of_test_rows(model, names, tok, settings, device):
 
 
 def measure(path, skills, device):
-    """{"mean.loss": ..., "arith.exact": ..., "skills.exact": ...} of a checkpoint."""
+    """{"mean.loss": ..., "arith.exact": ..., "skills.loss": ...} of a checkpoint."""
     saved, settings = checkpoint.open_run(path)
     model = checkpoint.start_model(settings, device)
     checkpoint.restore(saved, model)
@@ -67,8 +67,7 @@ def measure(path, skills, device):
     row = of_test_rows(model, names, tok, settings, device)
     if skills:
         tasks = data.load(["skills"], tok, settings.block_size, 100)
-        result = means(evaluate(model, tasks, tok, settings, device, generate=True))
-        row |= {f"skills.{key}": result[key] for key in MEASURES}
+        row["skills.loss"] = means(evaluate(model, tasks, tok, settings, device), ["loss"])["loss"]
     return row
 
 
@@ -86,7 +85,7 @@ def main(argv=None):
         known = {}
         if out.exists() and out.stat().st_mtime > path.stat().st_mtime:
             known = json.loads(out.read_text())
-        if not known or args.skills and "skills.exact" not in known:
+        if not known or args.skills and "skills.loss" not in known:
             row = measure(path, args.skills, device)
             out.write_text(json.dumps(row, indent=1) + "\n")
             print(f"{path.stem}: exact match {row['mean.exact']:.3f}", flush=True)
