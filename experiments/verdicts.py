@@ -9,9 +9,9 @@ The rule that decides a claim:
     undecided           neither
 
 δ is the measure's own: of a loss's logarithm 0.1, a tenth of the loss. A claim of "no worse" has
-the interval above -δ to hold, and below -δ not to. A claim of "equal" has it within ± δ to hold, and
-outside not to. What is undecided after the first seeds gets more, up to 20. Holm's correction, over
-all claims, says which p would stand beside the others.
+the interval above -δ to hold, and below -δ not to. A claim of "equal" has it within ± δ to hold,
+and outside not to. What is undecided after the first seeds gets more, up to 20. Holm's correction,
+over all claims, says which p would stand beside the others.
 """
 import math
 from dataclasses import dataclass
