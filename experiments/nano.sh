@@ -131,6 +131,16 @@ single() {
     done
 }
 
+fresh_single() {                            # again: others have suggested how to ask
+    local seed=$((20 + $1))
+    run lora-fresh-seed$1 $LORA --rank 8 --seed $seed
+    run multilora-fresh-seed$1 $MULTI --seed $seed
+    for task in instruct arith infer facts data2text; do
+        run $task-lora-fresh-seed$1 $(lora_alone $task 8) --seed $seed
+        run $task-multilora-fresh-seed$1 $(multi_alone $task) --seed $seed
+    done
+}
+
 lora_alone() {                              # TASK RANK
     echo "--rank $2 $(alone $1) --lr ${LORA_ALONE[$1]}"
 }
@@ -260,6 +270,7 @@ of_seeds "$FEW" few_
 of_seeds "$SEEDS" ""
 of_seeds "$MORE" more_
 of_seeds "$MOST" most_
+of_seeds "$SEEDS $MORE $MOST" fresh_
 finish
 
 measured() {                                # on rows that chose nothing
