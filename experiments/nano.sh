@@ -2,7 +2,7 @@
 # Everything that is said of nano: the runs, then their numbers in experiments/results, the figures
 # in experiments/figures, and the READMEs' tables.
 #
-#     experiments/nano.sh            # three hours and a half on two cores; resumable
+#     experiments/nano.sh            # a little over four hours on two cores; resumable
 #     experiments/nano.sh ranks      # the claims of one part, from runs in out/nano: names below
 #     experiments/nano.sh --quick    # in small, into out/nano-quick: does it all work?
 #

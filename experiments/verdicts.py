@@ -5,7 +5,7 @@ The rule that decides a claim:
     direction of the claim; their mean with its 95 % confidence interval (Student), and p
 
     holds               the interval is above 0
-    does not hold here  it is below δ: there is no gain worth δ
+    does not hold here  if not, and it is below δ: there is no gain worth δ
     undecided           neither
 
 δ is the measure's own: of a loss's logarithm 0.1, a tenth of the loss. A claim of "no worse" has
