@@ -108,7 +108,9 @@ def test_two_halves_of_one_adapter_are_the_adapter(tmp_path, monkeypatch):
     monkeypatch.setattr(summed, "WEIGHTS", (0.5,))
     found = summed.summed([tmp_path / "a.pt"] * 2, CPU)
     alone = measure.measure(tmp_path / "a.pt", False, CPU)
-    assert "arith.loss" not in alone and "skills.loss" not in alone
+    assert "arith.loss" not in alone
+    forgot = measure.measure(tmp_path / "a.pt", True, CPU)
+    assert forgot.keys() - alone.keys() == {"skills.loss"} and forgot["skills.loss"] > 0
     assert found["test.facts.loss"] == pytest.approx(alone["facts.loss"], rel=1e-4)
     losses = {0.1: 3.0, 0.2: 1.0, 0.3: 2.0}
     monkeypatch.setattr(summed, "WEIGHTS", tuple(losses))
