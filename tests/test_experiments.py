@@ -173,6 +173,7 @@ def test_no_run_counts_twice_in_phi(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     assert results.phi("pairs.csv", "x and y", "first") == pytest.approx([0.35, 0.65])
     assert results.phi("pairs.csv", "x and y", "first", target="q") == pytest.approx([0.3, 0.6])
+    assert flatten.couple("gpt2-demo", "gpt2-rows")             # others' adapters have no seeds
 
 
 def test_a_missing_seed_is_no_end(tmp_path, monkeypatch):
