@@ -22,6 +22,7 @@ from support import checkpoint, command, data
 from support.tasks import MIXTURE, SKILLS, builtin
 
 ROWS = 200
+WINDOW = 512        # tokens of a window of plain text
 MEASURES = "loss", "exact"
 
 
@@ -57,7 +58,7 @@ def of_test_rows(model, names, tok, settings, device):
     return row
 
 
-def measure(path, skills, device):
+def measure(path, skills, text, device):
     """{"mean.loss": ..., "arith.exact": ..., "skills.loss": ...} of a checkpoint."""
     saved, settings = checkpoint.open_run(path)
     model = checkpoint.start_model(settings, device)
@@ -65,6 +66,9 @@ def measure(path, skills, device):
     tok = data.tokenizer(model.config.vocab_size)
     names = MIXTURE if settings.data == ["mixture"] else settings.data
     row = of_test_rows(model, names, tok, settings, device)
+    if text:
+        tasks = data.load([text], tok, WINDOW)
+        row["text.loss"] = means(evaluate(model, tasks, tok, settings, device), ["loss"])["loss"]
     if skills:
         tasks = data.load(["skills"], tok, settings.block_size, 100)
         row["skills.loss"] = means(evaluate(model, tasks, tok, settings, device), ["loss"])["loss"]
@@ -76,6 +80,7 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoints", nargs="+", type=Path)
     p.add_argument("--skills", action="store_true")
+    p.add_argument("--text", metavar="FILE", help="add the loss on a .txt's held-out windows")
     p.add_argument("--share", default="0/1", metavar="I/N")
     args = p.parse_args(argv)
     i, n = map(int, args.share.split("/"))
@@ -86,7 +91,7 @@ def main(argv=None):
         if out.exists() and out.stat().st_mtime > path.stat().st_mtime:
             known = json.loads(out.read_text())
         if not known or args.skills and "skills.loss" not in known:
-            row = measure(path, args.skills, device)
+            row = measure(path, args.skills, args.text, device)
             out.write_text(json.dumps(row, indent=1) + "\n")
             print(f"{path.stem}: exact match {row['mean.exact']:.3f}", flush=True)
 

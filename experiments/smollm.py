@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import analyze
 import evaluate
+import measure
 import score
 import train
 from support import checkpoint, command, data
@@ -132,7 +133,7 @@ def check(folder):
 
 def main():
     doors = {"train": train.main, "evaluate": evaluate.main, "analyze": analyze.main,
-             "score": score.main, "check": lambda argv: check(*argv)}
+             "score": score.main, "measure": measure.main, "check": lambda argv: check(*argv)}
     door, *argv = sys.argv[1:] or [""]
     if door not in doors or (door == "check" and len(argv) != 1):
         sys.exit(__doc__)
