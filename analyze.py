@@ -1,32 +1,33 @@
 """
-What did training do to the weights? The papers' studies of ΔW, on checkpoints
-of train.py and on adapters of peft (a file or its folder) and loralib.
+What did training do to the weights? The papers' studies of ΔW, for checkpoints
+of train.py and for adapters of peft (a file or its folder) and loralib.
 
-    python analyze.py out/lora.pt                # its spectra, what it amplifies
-    python analyze.py out/full.pt out/lora.pt    # side by side, and every two
+    python analyze.py out/lora.pt                # spectra, amplification
+    python analyze.py out/full.pt out/lora.pt    # a comparison, and φ of each pair
     python analyze.py a.pt b.pt --study subspace --targets q v
     python analyze.py adapter_model.safetensors --base gpt2
-    python analyze.py gpt2_md_lora_e2e.pt --alpha 32    # loralib does not say α
+    python analyze.py gpt2_md_lora_e2e.pt --alpha 32    # loralib does not store α
 
-Prints tables; leaves figures, and one JSON with every number, in a folder
-beside the first checkpoint, and deletes those of a run before. NAME-seed0.pt,
-NAME-seed1.pt, ... are drawn as one.
+Prints tables, and writes figures and a JSON file with every number into a
+folder next to the first checkpoint, in place of those of an earlier analysis.
+NAME-seed0.pt, NAME-seed1.pt, ... are drawn as one series.
 
     spectrum       singular values of ΔW (MultiLoRA, section 3)
-    amplification  ΔW against W in ΔW's own directions (LoRA, table 7)
-    subspace       which directions two ΔW share (LoRA, figures 3 and 4)
+    amplification  ΔW compared with W in ΔW's own directions (LoRA, table 7)
+    subspace       directions that two ΔW share (LoRA, figures 3 and 4)
     directions     ΔW in the top directions of W (LoRA, figure 8)
-    intruders      singular vectors of W + ΔW that are none of W's (2410.21228)
-    ranks          AutoLoRA's ranks, and its selection variables over the search
+    intruders      singular vectors of W + ΔW unlike any of W's (2410.21228)
+    ranks          AutoLoRA's ranks, and its selection variables in the search
 
-Each is shown next to a null, a Gaussian ΔW of the same rank and norm: what does
-not differ from it says nothing. U (d_out, r) and V (d_in, r) are the output and
-input directions of ΔW = U diag(S) Vᵀ. In the tables:
+Every study but `ranks` shows a null next to it: a Gaussian ΔW of the same rank
+and norm. A value that does not differ from its null is no finding. U (d_out, r)
+and V (d_in, r) are the output and input directions of ΔW = U diag(S) Vᵀ. The
+tables' columns are:
 
     top-1          σ₁ / Σσ, the share of the largest singular value
     eff. rank      effective rank, exp of the entropy of σ / Σσ
     st. rank       stable rank, ‖ΔW‖² / σ₁²
-    amplif.        ‖ΔW‖ / ‖UᵀWV‖, of a ΔW of full rank in its first 16 directions
+    amplif.        ‖ΔW‖ / ‖UᵀWV‖; a ΔW of full rank has its first 16 directions
     first, all     φ of the first direction of each, and of all of them
 """
 import itertools
@@ -42,17 +43,18 @@ import numpy as np
 import torch
 
 from autolora import above_threshold, selection
-from support import changes, command, show
-from support.changes import layer_of, target_of
-from support.show import column, where
+from support import cli, deltas, distributed, report
+from support.deltas import layer_of, target_of
+from support.report import pluck, select
 
 
-# The measures, of plain tensors. A ΔW is a pair B (d_out, r), A (r, d_in), or one dense tensor
+# Measures of plain tensors. A ΔW is a pair B (d_out, r) and A (r, d_in), or one dense tensor.
 
 def svd(delta):
     """
-    U (d_out, r), S (r,) falling, V (d_in, r) of ΔW = U diag(S) Vᵀ. Of a pair B A by two thin QR:
-    with B = Q₁R₁ and Aᵀ = Q₂R₂ it is Q₁ (R₁R₂ᵀ) Q₂ᵀ, and the SVD in the middle is (r, r).
+    U (d_out, r), S (r,) in decreasing order and V (d_in, r) of ΔW = U diag(S) Vᵀ. For a pair, two
+    thin QR decompositions B = Q₁R₁ and Aᵀ = Q₂R₂ give B A = Q₁ (R₁R₂ᵀ) Q₂ᵀ, so that the SVD in the
+    middle is only (r, r).
     """
     if torch.is_tensor(delta):
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
@@ -70,7 +72,7 @@ def top_share(S):
 
 
 def effective_rank(S):
-    """exp of the entropy of σ / Σσ (Roy and Vetterli 2007): r for r equal values, 1 for one."""
+    """exp of the entropy of σ / Σσ (Roy and Vetterli 2007): r for r equal values."""
     share = S / S.sum()
     return torch.special.entr(share).sum().exp().item()
 
@@ -82,9 +84,9 @@ def stable_rank(S):
 
 def subspace_similarity(U1, U2):
     """
-    φ(i, j) = ‖U1ᵢᵀ U2ⱼ‖²_F / min(i, j) for all i and j at once, (r1, r2); Uᵢ is the first i columns
-    of an orthonormal (d, r). 1 where one span contains the other, 0 where they are orthogonal,
-    max(i, j) / d on average for random ones. LoRA, equation 4.
+    φ(i, j) = ‖U1ᵢᵀ U2ⱼ‖²_F / min(i, j) for all i and j, as (r1, r2); U1ᵢ is the first i columns of
+    the orthonormal U1 (d, r1). It is 1 if one span contains the other, 0 if they are orthogonal,
+    and max(i, j) / d on average for random spans. LoRA, equation 4.
     """
     shared = (U1.T @ U2).square().cumsum(0).cumsum(1)
     i = torch.arange(1, shared.size(0) + 1, device=U1.device)
@@ -92,22 +94,23 @@ def subspace_similarity(U1, U2):
     return shared / torch.minimum(i[:, None], j[None, :])
 
 
-def projection(W, U, V):
-    """‖UᵀWV‖_F: how much of W (d_out, d_in) is in the directions U and V. LoRA, table 7."""
+def projected_norm(W, U, V):
+    """‖UᵀWV‖_F, the norm of W (d_out, d_in) in the directions U and V. LoRA, table 7."""
     return torch.linalg.norm(U.T @ W @ V).item()
 
 
 def amplification(W, U, S, V):
     """‖ΔW‖_F / ‖UᵀWV‖_F: how much larger ΔW is than W in ΔW's own directions. LoRA, section 7.3."""
-    return torch.linalg.norm(S).item() / projection(W, U, V)
+    return torch.linalg.norm(S).item() / projected_norm(W, U, V)
 
 
-svd_of = lru_cache(None)(svd)       # of a W, which several studies need
+svd_of_W = lru_cache(None)(svd)         # several studies need it
 
 
 @lru_cache(None)
-def top_norm(W, r):
-    """‖UᵀWV‖_F for W's own first r directions: √Σσᵢ², σᵢ² the smaller Gram matrix's eigenvalues."""
+def top_subspace_norm(W, r):
+    """‖UᵀWV‖_F for W's own first r directions: the root of Σσᵢ², where the σᵢ² are the largest
+    eigenvalues of the smaller Gram matrix."""
     if W.size(0) > W.size(1):
         W = W.T
     squares = torch.linalg.eigvalsh(W @ W.T)
@@ -115,20 +118,21 @@ def top_norm(W, r):
 
 
 def intruders(U, changed, epsilons, k=10):
-    """By ε: of the first k left singular vectors of W + ΔW, those with no cosine ≥ ε with W's."""
-    _, new = torch.linalg.eigh(changed @ changed.T)         # in rising order
+    """For each ε, the number of the first k left singular vectors of `changed`, W + ΔW, whose
+    cosines with the left singular vectors U of W are all below ε."""
+    _, new = torch.linalg.eigh(changed @ changed.T)         # in increasing order
     best = (U.T @ new[:, -k:]).abs().amax(0)
     return [(best < e).sum().item() for e in epsilons]
 
 
 def gaussian(t, name):
-    """A Gaussian tensor of t's shape, another one for every name."""
+    """A Gaussian tensor of t's shape, which depends on the name."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return torch.randn(t.shape, generator=generator).to(t)
 
 
 def gaussian_like(delta, name=""):
-    """The null: U, S, V of Gaussian factors, or a Gaussian matrix, of the same shapes and norm."""
+    """The null: U, S, V of Gaussian factors, or of a Gaussian matrix, of ΔW's shapes and norm."""
     if torch.is_tensor(delta):
         null = gaussian(delta, name)
     else:
@@ -138,138 +142,162 @@ def gaussian_like(delta, name=""):
     return U, S * (size.norm() / S.norm()), V
 
 
-# A record of each matrix
+# One record per matrix
 
-def numbers(W, U, S, V, r, scaled):
-    """The measures of one ΔW, if `scaled` its size too; against W, if it is there, in its first r
-    directions."""
-    U, V = U[:, :r], V[:, :r]
-    found = {"S": S.tolist()}
-    found["top1"] = top_share(S)
-    found["effective_rank"] = effective_rank(S)
-    found["stable_rank"] = stable_rank(S)
-    if scaled:
-        found["delta"] = S.norm().item()
+def measures(W, U, S, V, r, scale_known):
+    """The measures of one ΔW, with its size if the scale is known. If W is not None, it is
+    compared in the first r directions of ΔW."""
+    U = U[:, :r]
+    V = V[:, :r]
+    values = {"S": S.tolist(), "top1": top_share(S), "effective_rank": effective_rank(S),
+              "stable_rank": stable_rank(S)}
+    if scale_known:
+        values["delta"] = S.norm().item()
     if W is not None:
-        found["projection"] = projection(W, U, V)
-    if scaled and W is not None:
-        found["amplification"] = amplification(W, U, S[:r], V)
-    return found
+        values["projection"] = projected_norm(W, U, V)
+    if scale_known and W is not None:
+        values["amplification"] = amplification(W, U, S[:r], V)
+    return values
 
 
 def record(c, name):
-    """The measures of one ΔW (and c.svd), with "null", a Gaussian's. A full ΔW is compared with W
-    in its first 16 directions: all are all of W. ValueError for a ΔW of 0 or not finite."""
-    delta, W = c.delta[name], c.W.get(name)
-    parts = delta if isinstance(delta, tuple) else [delta]
-    if not all(0 < t.norm() < math.inf for t in parts):
-        raise ValueError(f"{c.path}: ΔW of {name} is 0 or not finite")
-    if W is not None and not 0 < W.norm() < math.inf:
-        raise ValueError(f"{c.path}: W of {name} is 0 or not finite")
-    c.svd[name] = svd(delta)
-    S = c.svd[name][1]
-    if not S[0].square() > 0:
-        raise ValueError(f"{c.path}: ΔW of {name} is 0")
-    r = 16 if torch.is_tensor(delta) else len(S)
-    null = gaussian_like(delta, f"{c.label} {name}")
-    found = {**c.id, "name": name, "r": r}
-    found["layer"] = layer_of(name)
-    found["target"] = target_of(name)
+    """
+    The measures of one ΔW and, under "null", of its Gaussian; also fills c.svd. Low-rank ΔW are
+    compared with W in all their directions, full ΔW in their first 16, because all directions
+    would contain all of W. (`directions` uses 64, `subspace` all.) Raises ValueError if ΔW or W is
+    zero or not finite.
+    """
+    delta = c.delta[name]
+    W = c.W.get(name)
+    for t in delta if isinstance(delta, tuple) else [delta]:
+        check_matrix(t, f"{c.path}: ΔW of {name}")
     if W is not None:
-        found["W"] = W.norm().item()
-        found["top_W"] = top_norm(W, r)
-    found |= numbers(W, *c.svd[name], r, c.scaled)
-    found["null"] = numbers(W, *null, r, c.scaled)
-    return found
+        check_matrix(W, f"{c.path}: W of {name}")
+    U, S, V = svd(delta)
+    check_matrix(S.square(), f"{c.path}: ΔW of {name}")
+    c.svd[name] = U, S, V
+    r = 16 if torch.is_tensor(delta) else len(S)
+    values = {**c.identity, "name": name, "r": r, "layer": layer_of(name),
+              "target": target_of(name)}
+    if W is not None:
+        values["W"] = W.norm().item()
+        values["top_W"] = top_subspace_norm(W, r)
+    values |= measures(W, U, S, V, r, c.scale_known)
+    null = gaussian_like(delta, f"{c.label} {name}")
+    values["null"] = measures(W, *null, r, c.scale_known)
+    return values
 
 
-def each(f, pairs):
-    """[f(checkpoint, name)], a matrix a thread: threads inside one would mostly wait."""
-    torch.set_num_threads(1)
-    found = []
+def check_matrix(t, what):
+    """Raise ValueError for a matrix that is zero, infinite or NaN."""
+    if not t.isfinite().all():
+        raise ValueError(f"{what} is not finite")
+    if not t.any():
+        raise ValueError(f"{what} is zero")
+
+
+def map_matrices(f, pairs):
+    """[f(checkpoint, name) for each pair], with one matrix per thread, because threads within one
+    matrix would mostly wait."""
+    results = []
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
-    with ThreadPoolExecutor(workers) as pool:
-        for result in pool.map(f, *zip(*pairs)):
-            found.append(result)
-            show.progress(f"{len(found)} of {len(pairs)} matrices")
-    return found
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            for result in pool.map(f, *zip(*pairs)):
+                results.append(result)
+                report.progress(f"{len(results)} of {len(pairs)} matrices")
+    finally:
+        torch.set_num_threads(threads)
+    return results
 
 
-# The studies: each draws figures into `out`, may print a table, returns what is not in the records
+# The studies. Each draws figures into `out`, may print a table, and returns further numbers.
 
 def spectrum_study(checkpoints, records, out):
-    """Share of each singular value in their sum, by target; and histograms over all ΔW."""
-    lines, bars = [], []
+    """Draw each singular value's share of their sum, by target, and histograms over all ΔW."""
+    lines = []
     for r in records:
         line = {**r, "panel": f"ΔW of {r['target']}"}
         line["x"] = np.arange(len(r["S"])) + 1
-        for side, S in (("real", r["S"]), ("null", r["null"]["S"])):
-            line[side] = np.divide(S, sum(S))
+        line["real"] = np.divide(r["S"], sum(r["S"]))
+        line["null"] = np.divide(r["null"]["S"], sum(r["null"]["S"]))
         lines.append(line)
-    longest = max(map(len, column(lines, "x")))
-    show.figure(out / "spectrum.png", "Singular values of ΔW: mean over layers and seeds, range",
-                lines, xlabel="i", ylabel="σᵢ / Σσ", yscale="log", ylim=(2e-4, 1),
-                xscale="log" if longest > 100 else "linear")
-    for name in dict.fromkeys(column(lines, "checkpoint")):         # MultiLoRA's comparison
-        own = where(lines, checkpoint=name)
-        for panel, most in (("log₁₀ σ₁ / Σσ", 1), ("log₁₀ σᵢ / Σσ of all values", None)):
-            bar = {**own[0], "panel": panel}
+    longest = max(map(len, pluck(lines, "x")))
+    report.figure(out / "spectrum.png", "Singular values of ΔW: mean over layers and seeds, range",
+                  lines, xlabel="i", ylabel="σᵢ / Σσ", yscale="log", ylim=(2e-4, 1),
+                  xscale="log" if longest > 100 else "linear")
+    histograms = []
+    for name in dict.fromkeys(pluck(lines, "checkpoint")):          # the MultiLoRA paper's figure
+        of_name = select(lines, checkpoint=name)
+        for panel, end in (("log₁₀ σ₁ / Σσ", 1), ("log₁₀ σᵢ / Σσ of all values", None)):
+            histogram = {**of_name[0], "panel": panel}
             for side in ("real", "null"):
-                values = np.concatenate([line[side][:most] for line in own])
-                values = np.log10(values.clip(1e-4, 1))
-                bar[side], edges = np.histogram(values, 30, (-4, 0), density=True)
-                bar["x"] = (edges[1:] + edges[:-1]) / 2
-            bars.append(bar)
-    show.figure(out / "histogram.png", "Over all ΔW", bars, size=(4, 2.8), ylabel="density")
+                shares = np.concatenate([line[side][:end] for line in of_name])
+                logs = np.log10(shares.clip(1e-4, 1))
+                histogram[side], edges = np.histogram(logs, 30, (-4, 0), density=True)
+                histogram["x"] = (edges[1:] + edges[:-1]) / 2
+            histograms.append(histogram)
+    report.figure(out / "histogram.png", "Over all ΔW", histograms, size=(4, 2.8),
+                  ylabel="density")
 
 
 def amplification_study(checkpoints, records, out):
-    """‖ΔW‖ / ‖UᵀWV‖ by layer; and printed, the norms of LoRA's table 7."""
-    lines, rows = [], []
+    """Draw ‖ΔW‖ / ‖UᵀWV‖ by layer, and print the norms of the LoRA paper's table 7."""
     records = [r for r in records if "amplification" in r]
-    for target in dict.fromkeys(column(records, "target")):
+    lines = []
+    for target in dict.fromkeys(pluck(records, "target")):
         for c in checkpoints:
-            own = where(records, target=target, **c.id)
-            if own:
-                line = {**c.id, "panel": f"ΔW of {target}", "x": sorted(set(column(own, "layer")))}
-                line |= {"real": [], "null": []}
-                for layer in line["x"]:                 # which may have two of one target
-                    here = where(own, layer=layer)
-                    line["real"].append(np.mean(column(here, "amplification")))
-                    line["null"].append(np.mean(column(here, "null.amplification")))
-                lines.append(line)
-    layers = sorted(set(column(records, "layer")))
-    show.figure(out / "amplification.png", "Amplification ‖ΔW‖ / ‖UᵀWV‖ in the directions of ΔW",
-                lines, xlabel="layer", ylabel="times", yscale="log",
-                xticks=layers[::1 + len(layers) // 8])
-    for name in dict.fromkeys(column(records, "checkpoint")):
-        own, row = where(records, checkpoint=name), [name]
+            here = select(records, target=target, **c.identity)
+            if here:
+                lines.append({**c.identity, "panel": f"ΔW of {target}", **by_layer(here)})
+    layers = sorted(set(pluck(records, "layer")))
+    report.figure(out / "amplification.png", "Amplification ‖ΔW‖ / ‖UᵀWV‖ in the directions of ΔW",
+                  lines, xlabel="layer", ylabel="times", yscale="log",
+                  xticks=layers[::1 + len(layers) // 8])
+    rows = []
+    for name in dict.fromkeys(pluck(records, "checkpoint")):
+        row = [name]
         for key in ("projection", "top_W", "null.projection", "delta", "W", "r"):
-            row.append(f"{np.mean(column(own, key)):.2f}")
+            row.append(f"{np.mean(pluck(select(records, checkpoint=name), key)):.2f}")
         rows.append(row)
-    show.table(["‖UᵀWV‖, U and V of", "ΔW", "W", "Gaussian", "‖ΔW‖", "‖W‖", "r"], rows, 8)
+    report.table(["‖UᵀWV‖, U and V of", "ΔW", "W", "Gaussian", "‖ΔW‖", "‖W‖", "r"], rows, 8)
 
 
-def common(a, b):
+def by_layer(records):
+    """The amplification over the layers; a layer may have two matrices of one target."""
+    line = {"x": sorted(set(pluck(records, "layer"))), "real": [], "null": []}
+    for layer in line["x"]:
+        here = select(records, layer=layer)
+        line["real"].append(np.mean(pluck(here, "amplification")))
+        line["null"].append(np.mean(pluck(here, "null.amplification")))
+    return line
+
+
+def shared_names(a, b):
     return [name for name in a.delta if name in b.delta]
 
 
-def pairs(checkpoints):
-    """{title: pairs with a matrix in common}; of other seeds if any, as one starts at related A."""
-    found, apart = {}, {}
-    names = [c.id["checkpoint"] for c in checkpoints]
-    checkpoints = sorted(checkpoints, key=lambda c: names.index(c.id["checkpoint"]))
-    for a, b in itertools.combinations(checkpoints, 2):
-        if common(a, b):
-            title = f"{a.id['checkpoint']} and {b.id['checkpoint']}"
-            found.setdefault(title, []).append((a, b))
-            if a.settings.seed != b.settings.seed:
-                apart.setdefault(title, []).append((a, b))
-    return found | apart
+def checkpoint_pairs(checkpoints):
+    """{title: pairs with a matrix in common}. If some pairs of a title have different seeds, only
+    these count, because two runs with the same seed begin with related A."""
+    names = [c.identity["checkpoint"] for c in checkpoints]
+    in_order = sorted(checkpoints, key=lambda c: names.index(c.identity["checkpoint"]))
+    pairs = {}
+    for a, b in itertools.combinations(in_order, 2):
+        if shared_names(a, b):
+            title = f"{a.identity['checkpoint']} and {b.identity['checkpoint']}"
+            pairs.setdefault(title, []).append((a, b))
+    for title, members in pairs.items():
+        different = [(a, b) for a, b in members if a.settings.seed != b.settings.seed]
+        pairs[title] = different or members
+    return pairs
 
 
 def similarities(a, b, name):
-    """{"input": φ of two ΔW, "output": ..., "random": of random input directions, and output}"""
+    """{"input": φ of two ΔW's input directions, "output": of their output directions, "random" and
+    "random output": of random directions of the same shapes}"""
     U1, _, V1 = a.svd[name]
     U2, _, V2 = b.svd[name]
     phi = {"input": subspace_similarity(V1, V2), "output": subspace_similarity(U1, U2)}
@@ -281,114 +309,123 @@ def similarities(a, b, name):
 
 
 def subspace_study(checkpoints, records, out):
-    """φ(i, j) of two ΔW; printed are its first and last value, mean over matrices and pairs."""
-    found, rows = [], []
-    for title, members in pairs(checkpoints).items():
+    """Print φ of the first and of all directions, mean over matrices and pairs; draw φ(i, j)."""
+    found = []
+    rows = []
+    for title, members in checkpoint_pairs(checkpoints).items():
         for a, b in members:
-            for name in common(a, b):
+            for name in shared_names(a, b):
                 ends = {"pair": title, "a": a.label, "b": b.label, "name": name}
                 for side, phi in similarities(a, b, name).items():
                     ends[side] = [phi[0, 0].item(), phi[-1, -1].item()]
                 found.append(ends)
-        rows.append([title])
+        row = [title]
         for side in ("input", "random", "output", "random output"):
-            first, last = np.mean(column(where(found, pair=title), side), 0)
-            rows[-1] += [f"{first:.2f}", f"{last:.2f}"]
+            first, last = np.mean(pluck(select(found, pair=title), side), 0)
+            row += [f"{first:.2f}", f"{last:.2f}"]
+        rows.append(row)
         draw_pair(*members[0], out)
     heads = "input all random all output all random all".split()
-    show.table(["φ, mean over matrices", *heads], rows, 6)
+    report.table(["φ, mean over matrices", *heads], rows, 6)
     return found
 
 
 def draw_pair(a, b, out):
-    """φ(i, j) in the middle layer, of q and v or two others, of 64 directions and the first 8."""
-    names = common(a, b)
+    """Draw φ(i, j) in the middle layer for q and v, or for two other matrices: up to 64 directions,
+    and the first 8."""
+    names = shared_names(a, b)
     layer = layer_of(names[len(names) // 2])
-    here = [name for name in names if layer_of(name) == layer]
-    shown = some(here) or here[:2]
-    panels, sizes = [], [64, 8]
-    if max(len(c.svd[shown[0]][1]) for c in (a, b)) <= 8:
-        sizes = [8]
+    in_layer = [name for name in names if layer_of(name) == layer]
+    shown = query_and_value(in_layer) or in_layer[:2]
+    widest = max(len(c.svd[shown[0]][1]) for c in (a, b))
+    sizes = [(8, "")] if widest <= 8 else [(64, ""), (8, ", first 8")]
+    panels = []
     for side in ("input", "output", "random"):
-        for most, name in itertools.product(sizes, shown):
+        for (size, suffix), name in itertools.product(sizes, shown):
             phi = similarities(a, b, name)[side]
-            few = ", first 8" if most == 8 < len(sizes) * 8 else ""
-            panels.append((f"{target_of(name)}, {side}{few}", phi[:most, :most]))
+            panels.append((f"{target_of(name)}, {side}{suffix}", phi[:size, :size]))
     title = f"φ(i, j) of ΔW: {a.label} (i) and {b.label} (j), layer {layer}"
-    show.maps(out / f"subspace-{a.label}-{b.label}.png", title, panels,
-              columns=len(sizes) * len(shown))
+    report.maps(out / f"subspace-{a.label}-{b.label}.png", title, panels,
+                columns=len(sizes) * len(shown))
 
 
-def some(names):
-    """Queries and values, the LoRA paper's, also as q_proj or value."""
+def query_and_value(names):
+    """The names of queries and values (q, v_proj, query, ...), which the LoRA paper studies."""
     return [name for name in names if target_of(name).startswith(("q", "v"))]
 
 
-def against_W(of_one, x, checkpoints):
-    """Lines that need W's SVD: of every W in a small model or if --targets or --layers choose, of
-    some q and v in a large one."""
-    matrices, panel = [], "mean over matrices"
+def compare_with_W(measure, x, checkpoints):
+    """
+    Lines of `measure(W, W's SVD, ΔW's SVD)` and of its null, for studies that need the SVD of W.
+    Of a large model, unless the user selected matrices, only queries and values of the first and
+    last layer are measured, to save time.
+    """
+    matrices = []
+    panel = "mean over matrices"
     for c in checkpoints:
         names = [name for name in c.delta if name in c.W]
-        if names and not c.chosen and min(c.W[names[0]].shape) > 256:
+        if names and not c.selected and min(c.W[names[0]].shape) > 256:
             ends = layer_of(names[0]), layer_of(names[-1])
-            names = [name for name in some(names) if layer_of(name) in ends] or names[:4]
+            in_ends = [name for name in query_and_value(names) if layer_of(name) in ends]
+            names = in_ends or names[:4]
             panel = "mean over some matrices"
         matrices += [(c, name) for name in names]
 
     def line(c, name):
         W = c.W[name]
         null = gaussian_like(c.delta[name], f"{c.label} {name}")
-        found = {**c.id, "panel": panel, "name": name, "x": x}
-        found["real"] = of_one(W, svd_of(W), c.svd[name])
-        return {**found, "null": of_one(W, svd_of(W), null)}
+        return {**c.identity, "panel": panel, "name": name, "x": x,
+                "real": measure(W, svd_of_W(W), c.svd[name]),
+                "null": measure(W, svd_of_W(W), null)}
 
-    return each(line, matrices)
+    return map_matrices(line, matrices)
 
 
 def directions_study(checkpoints, records, out):
-    """φ of ΔW's input directions, the first 64 where there are more, and the top share of W's."""
+    """Draw φ of ΔW's input directions (at most 64) and growing shares of W's top directions."""
     shares = np.arange(1, 21) / 20
 
-    def phi(W, of_W, of_delta):
-        V_of_W, V = of_W[2], of_delta[2][:, :64]
-        first = (shares * V_of_W.size(1)).round().clip(1)
-        return subspace_similarity(V_of_W, V)[first.astype(int) - 1, -1].tolist()
+    def phi(W, svd_W, svd_delta):
+        V_W = svd_W[2]
+        V = svd_delta[2][:, :64]
+        counts = (shares * V_W.size(1)).round().clip(1).astype(int)
+        return subspace_similarity(V_W, V)[counts - 1, -1].tolist()
 
-    lines = against_W(phi, shares.tolist(), checkpoints)
-    show.figure(out / "directions.png", "ΔW's input directions in the top ones of W", lines,
-                size=(5, 3.4), band=False, ylabel="φ",
-                xlabel="share of W's directions, largest first")
+    lines = compare_with_W(phi, shares.tolist(), checkpoints)
+    report.figure(out / "directions.png", "ΔW's input directions in the top ones of W", lines,
+                  size=(5, 3.4), band=False, ylabel="φ",
+                  xlabel="share of W's directions, largest first")
     return lines
 
 
 def intruders_study(checkpoints, records, out):
-    """How many of the first ten singular vectors of W + ΔW are none of W's, by ε."""
+    """Draw how many of the first ten singular vectors of W + ΔW are unlike any of W's, by ε."""
     epsilons = (np.arange(1, 20) / 20).tolist()
 
-    def counts(W, of_W, of_delta):
-        U, S, V = of_delta
-        return intruders(of_W[0], W + U * S @ V.T, epsilons)
+    def counts(W, svd_W, svd_delta):
+        U, S, V = svd_delta
+        return intruders(svd_W[0], W + U * S @ V.T, epsilons)
 
-    lines = against_W(counts, epsilons, [c for c in checkpoints if c.scaled])
-    show.figure(out / "intruders.png", "Singular vectors of W + ΔW that are none of W's", lines,
-                size=(5, 3.4), band=False, ylabel="of the first ten",
-                xlabel="ε: a cosine below it counts as none of W's")
+    lines = compare_with_W(counts, epsilons, [c for c in checkpoints if c.scale_known])
+    report.figure(out / "intruders.png", "Singular vectors of W + ΔW that are unlike any of W's",
+                  lines, size=(5, 3.4), band=False, ylabel="of the first ten",
+                  xlabel="ε, the cosine below which a vector counts as unlike")
     return lines
 
 
 def ranks_study(checkpoints, records, out):
-    """Rank by layer and target, and over the search the largest selection variable of each ΔW."""
+    """Draw AutoLoRA's ranks, and over the search the largest selection variable of each ΔW."""
     found = []
     for c in checkpoints:
-        if c.history["beta"]:
-            steps, beta = zip(*c.history["beta"])
+        history = c.saved["history"]
+        if history["beta"]:
+            steps, beta = zip(*history["beta"])
             a = selection(torch.stack(beta), c.settings.gate)           # (steps, matrices, k)
-            kept = above_threshold(a[-1]).sum(-1)                       # (matrices,)
-            ranks = dict(zip(c.adapter["tensors"], kept.tolist()))
-            show.search(out / f"ranks-{c.label}.png", f"Ranks, {c.label}", ranks, steps, a)
-            search = {"ranks": ranks, "steps": steps, "largest": a.amax(-1).tolist()}
-            found.append(c.id | search)
+            counts = above_threshold(a[-1]).sum(-1)                     # (matrices,)
+            ranks = dict(zip(c.saved["adapter"]["tensors"], counts.tolist()))
+            report.search_figure(out / f"ranks-{c.label}.png", f"Ranks, {c.label}", ranks, steps, a)
+            found.append({**c.identity, "ranks": ranks, "steps": steps,
+                          "largest": a.amax(-1).tolist()})
     return found
 
 
@@ -397,79 +434,82 @@ STUDIES = {"spectrum": spectrum_study, "amplification": amplification_study,
            "intruders": intruders_study, "ranks": ranks_study}
 
 
-def missing(checkpoints):
-    """{study: what it needs and these do not have}"""
-    lacks = {}
-    if not pairs(checkpoints):
-        lacks["subspace"] = "two checkpoints with a matrix in common"
-    if not any(c.history["beta"] for c in checkpoints):
-        lacks["ranks"] = "a checkpoint of --method autolora"
-    if not any(c.delta.keys() & c.W.keys() for c in checkpoints):
-        lacks |= dict.fromkeys(["amplification", "directions", "intruders"], "their W (--base)")
-    whole = [c for c in checkpoints if c.scaled and c.delta.keys() & c.W.keys()]
-    if not whole and not all(c.scaled for c in checkpoints):
-        lacks |= dict.fromkeys(["amplification", "intruders"], "the size of ΔW, so α (--alpha)")
-    return lacks
+def unavailable_studies(checkpoints):
+    """{study: what it needs and these checkpoints do not have}"""
+    needs = {}
+    if not checkpoint_pairs(checkpoints):
+        needs["subspace"] = "two checkpoints with a matrix in common"
+    if not any(c.saved["history"]["beta"] for c in checkpoints):
+        needs["ranks"] = "a checkpoint of --method autolora"
+    with_W = [c for c in checkpoints if c.delta.keys() & c.W.keys()]
+    if not with_W:
+        needs |= dict.fromkeys(["amplification", "directions", "intruders"], "their W (--base)")
+    if not any(c.scale_known for c in with_W or checkpoints):
+        needs |= dict.fromkeys(["amplification", "intruders"], "the size of ΔW, so α (--alpha)")
+    return needs
 
 
-def say_left_out(checkpoints, lacks):
-    """Of other people's adapters, what is not studied, and why."""
+def print_left_out(checkpoints, needs):
+    """Say which studies and matrices of other libraries' adapters are left out, and why."""
     for flag in ("--alpha", "--base"):
-        studies = [study for study, what in lacks.items() if flag in what]
+        studies = [study for study, need in needs.items() if flag in need]
         if studies:
-            print(f"left out  {', '.join(studies)}: needs {lacks[studies[0]]}")
-    unknown = {}
+            print(f"left out  {', '.join(studies)}: needs {needs[studies[0]]}")
+    without_W = {}
     for c in checkpoints:
-        unknown |= dict.fromkeys(target_of(name) for name in c.delta if name not in c.W)
-        for name in vars(c).get("others", [])[:1]:
-            print(f"left out  {len(c.others)} tensors of {c.label}, such as {name}")
-    if checkpoints[0].W and unknown:
-        print(f"left out  where W is needed: {' '.join(unknown)}, of which the base has no W")
+        without_W |= dict.fromkeys(target_of(name) for name in c.delta if name not in c.W)
+        ignored = c.saved.get("ignored")
+        if ignored:
+            print(f"left out  {len(ignored)} tensors of {c.label}, such as {ignored[0]}")
+    if checkpoints[0].W and without_W:
+        print(f"left out  where W is needed: {' '.join(without_W)}, which the base model lacks")
 
 
 def parse(argv=None):
-    p = command.parser(__doc__, "python analyze.py CKPT ... [options]")
+    p = cli.parser(__doc__, "python analyze.py CKPT ... [options]")
     add = p.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", help="of train.py, peft, loralib; of one base")
+    add("checkpoints", nargs="+", metavar="CKPT", help="of train.py, peft or loralib, of one base "
+        "model")
     add("--study", nargs="+", choices=STUDIES, metavar="STUDY", help="(default: all that apply)")
     add("--targets", nargs="+", metavar="T", help="matrices: q k v o up down (default: all)")
     add("--layers", nargs="+", type=int, metavar="N", help="layers, from 0 (default: all)")
-    add("--base", help="the base model, where the checkpoints do not say or it has moved, or a "
-        "file with some of its matrices")
-    add("--alpha", type=float, help="α of an adapter of loralib, which does not say it")
-    add("--out", type=Path, help="folder of figures and numbers (default: CKPT-analysis)")
-    add("--device", help="cuda, mps or cpu (default: the first that is there)")
+    add("--base", help="the base model, if the checkpoints do not contain its name or it has "
+        "moved, or a file with some of its matrices")
+    add("--alpha", type=float, help="α of a loralib adapter, whose file does not contain it")
+    add("--out", type=Path, help="folder for figures and numbers (default: CKPT-analysis)")
+    add("--device", help="cuda, mps or cpu (default: the first available one)")
     return p.parse_args(argv)
 
 
 @torch.no_grad()
 def main(argv=None):
     args = parse(argv)
-    with command.plain_errors():
-        device = command.pick_device(args.device)
-        checkpoints = changes.load(args.checkpoints, device, args.base, args.alpha)
-        torch.set_float32_matmul_precision("highest")           # no tf32
+    with cli.one_line_errors():
+        device = distributed.pick_device(args.device)
+        checkpoints = deltas.load(args.checkpoints, device, args.base, args.alpha)
+        torch.set_float32_matmul_precision("highest")           # no TF32
         for c in checkpoints:
-            changes.choose(c, "targets", args.targets, target_of)
-            changes.choose(c, "layers", args.layers, layer_of)
-        lacks = missing(checkpoints)
+            deltas.keep_only(c, "targets", args.targets, target_of)
+            deltas.keep_only(c, "layers", args.layers, layer_of)
+        needs = unavailable_studies(checkpoints)
         for study in args.study or []:
-            if study in lacks:
-                raise ValueError(f"--study {study} needs {lacks[study]}")
-        say_left_out(checkpoints, {} if args.study else lacks)
-        records = each(record, [(c, name) for c in checkpoints for name in c.delta])
+            if study in needs:
+                raise ValueError(f"--study {study} needs {needs[study]}")
+        print_left_out(checkpoints, {} if args.study else needs)
+        records = map_matrices(record, [(c, name) for c in checkpoints for name in c.delta])
         out = args.out or checkpoints[0].path.parent / f"{checkpoints[0].label}-analysis"
         out.mkdir(parents=True, exist_ok=True)
         for name in ("curves", "histogram", *STUDIES, "subspace-*", "ranks-*"):
             for figure in out.glob(f"{name}.png"):
-                figure.unlink()                                 # of a run before
-        show.summary(checkpoints, records)
-        show.curves(checkpoints, out / "curves.png")
+                figure.unlink()                                 # of an earlier analysis
+        report.summary(checkpoints, records)
+        report.curves(checkpoints, out / "curves.png")
         found = {"records": records, "checkpoints": []}
         for c in checkpoints:
-            about = {"parameters": c.parameters, "results": c.after, "settings": vars(c.settings)}
-            found["checkpoints"].append(c.id | about)
-        for study in args.study or [study for study in STUDIES if study not in lacks]:
+            found["checkpoints"].append({
+                **c.identity, "parameters": c.saved["parameters"], "results": c.saved["after"],
+                "settings": vars(c.settings)})
+        for study in args.study or [study for study in STUDIES if study not in needs]:
             found[study] = STUDIES[study](checkpoints, records, out)
         (out / "analysis.json").write_text(json.dumps(found))
     print(f"figures and analysis.json are in {out}")
@@ -477,4 +517,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_main(main)

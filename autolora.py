@@ -3,20 +3,20 @@ AutoLoRA: Automatically Tuning Matrix Ranks in Low-Rank Adaptation (2024, arXiv 
 
     h = W x + b + α Σⱼ aⱼ Bⱼ Aⱼᵀ dropout(x),    a = softmax(β),    j = 1 … k
 
-Bⱼ is a column of B (d_out, k), Aⱼᵀ a row of A (k, d_in): k candidates of rank one, each with a
-selection variable. ω, all A and B, learns from one part of the training rows and β from the other,
-so that β measures which candidates help on rows they were not fitted to:
+Bⱼ is a column of B (d_out, k) and Aⱼᵀ a row of A (k, d_in): k candidates of rank one, each with a
+selection variable aⱼ. ω, which is all A and B, learns from one part of the training rows, and β
+from the other, so that β measures which candidates help on rows they were not fitted to:
 
     min_β L_val(ω'(β), β),    ω' = ω − η ∇_ω L_tr(ω, β)
     dL_val/dβ = ∇_β L_val(ω', β) − η ∇²_{βω} L_tr(ω, β) v,    v = ∇_ω L_val(ω', β)
 
-A layer's rank is then the number of j with aⱼ ≥ 1/k, and a fresh LoRA of those ranks is trained on
-all rows.
+A layer's rank is then the number of j with aⱼ ≥ 1/k. Finally a fresh LoRA with these ranks is
+trained on all training rows.
 
-What differs from the official code: s = α a, so that the layer starts as LoRA of rank k (there it
-is α/k · a). The threshold is applied to the a of the forward pass (not to β / Σβ, as there). One
-pass over the training rows serves ω', the real step and, with `forward`, one end of the finite
-difference: three passes a step, not five. The ranks come out as `lora.inject` takes them.
+What differs from the official code: s = α a, so that the layer starts as LoRA of rank k (there the
+update is α/k · a). The threshold is applied to the a of the forward pass (there to β / Σβ). One
+pass over the training rows serves ω', the real step and, with the `forward` hypergradient, one end
+of the finite difference, so a step takes three passes instead of five.
 """
 import torch
 import torch.nn as nn
@@ -32,22 +32,26 @@ def selection(beta, gate="softmax"):
     """a (..., k), the selection variables of β (..., k)."""
     if gate == "softmax":
         return beta.softmax(-1)
-    return beta.sigmoid() if gate == "sigmoid" else beta
+    if gate == "sigmoid":
+        return beta.sigmoid()
+    return beta
 
 
 def above_threshold(a):
-    """(..., k) booleans: aⱼ ≥ 1/k, but for rounding; without softmax, the largest in any case."""
+    """(..., k) booleans: aⱼ ≥ 1/k up to rounding. The largest a is always kept."""
     return (a >= (1 - 1e-6) / a.size(-1)) | (a == a.amax(-1, keepdim=True))
 
 
 class AutoLoRALinear(lora.LoRALinear):
-    """k = `rank` candidates of rank one beside an nn.Linear, whose a are all 1/k at the start.
-    Raises ValueError for a gate that does not exist."""
+    """
+    An nn.Linear plus k = `rank` candidates of rank one; at first every aⱼ is 1/k.
+    Raises ValueError for an unknown gate.
+    """
 
     def __init__(self, base, rank, alpha=16.0, gate="softmax", dropout=0.0):
         super().__init__(base, rank, alpha, dropout)
         if gate not in GATES:
-            raise ValueError(f"gate {gate}: choose from {' '.join(GATES)}")
+            raise ValueError(f"gate {gate} is unknown: choose from {' '.join(GATES)}")
         self.gate = gate
         share = torch.tensor(1 / rank, dtype=torch.float64)
         start = {"softmax": 0.0, "sigmoid": share.logit().item(), "none": share.item()}[gate]
@@ -59,70 +63,68 @@ class AutoLoRALinear(lora.LoRALinear):
 
 
 def ranks(model):
-    """{name: rank} that a model's selection variables ask for, as `lora.inject` takes it."""
+    """{module name: rank}, the number of aⱼ ≥ 1/k of each layer, to pass to `lora.inject`."""
     found = {}
     for name, m in lora.adapters(model).items():
         found[name] = int(above_threshold(selection(m.beta.detach(), m.gate)).sum())
     return found
 
 
-def rank_table(found):
-    """Ranks as text: a line for each layer of the model, a column for each target."""
-    grid = {}
-    for name, rank in found.items():
-        layer, _, target = name.rpartition(".")
-        grid.setdefault(layer.rpartition(".")[0], {})[target] = rank
-    targets = list(dict.fromkeys(name.split(".")[-1] for name in found))
-    first = max(15, *map(len, grid))
-    lines = ["ranks".ljust(first) + "".join(f" {t:>5}" for t in targets)]
-    for layer, row in grid.items():
-        cells = [str(row.get(t, "-")).rjust(max(5, len(t))) for t in targets]
-        lines.append(" ".join([layer.ljust(first), *cells]))
-    return "\n".join(lines)
+def one_process(tensors):
+    """The default of `sum_over_processes`: there is only one process, so nothing to add."""
 
 
-def search_gradients(train, valid, omega, beta, eta, how="forward", over_processes=list):
+def search_gradients(train, valid, omega, beta, eta, hypergrad="forward",
+                     sum_over_processes=one_process):
     """
-    Fill the gradients of one step of the search: p.grad of the tensors `omega` is ∇_ω L_tr(ω, β),
-    that of `beta` is dL_val/dβ. Returns L_tr. ω is moved on the way and put back, to the bit.
+    Fill the gradients of one step of the search: p.grad is ∇_ω L_tr(ω, β) for the tensors `omega`
+    and dL_val/dβ for `beta`. Returns L_tr. The tensors themselves end exactly as they were.
 
-    train(), valid()    yield the parts of a loss, the same at every call (dropout masks too)
-    over_processes      sums each tensor of a list over the processes, where there are several
-    how                 exact: ∇²_{βω} L_tr v by differentiating twice, the time of 4 to 6 passes
-                        central: (∇_β L_tr(ω+εv) − ∇_β L_tr(ω−εv)) / 2ε, 4 passes, error O(ε²)
-                        forward: (∇_β L_tr(ω+εv) − ∇_β L_tr(ω)) / ε, 3 passes, error O(ε)
-                        first-order: without that term, 2 passes
+    train(), valid()    yield the parts of a loss, the same at every call (dropout masks included)
+    hypergrad           how the second term, ∇²_{βω} L_tr v, is computed: see `mixed_product`;
+                        "first-order" leaves it out
+    sum_over_processes  replaces each tensor of a list, in place, by its sum over the processes
     """
-    if how not in HYPERGRADIENTS:
-        raise ValueError(f"hypergradient {how}: choose from {' '.join(HYPERGRADIENTS)}")
-    start, n, second = [w.data for w in omega], len(omega), None
+    if hypergrad not in HYPERGRADIENTS:
+        raise ValueError(f"hypergrad {hypergrad} is unknown: choose from "
+                         f"{' '.join(HYPERGRADIENTS)}")
+    start = [w.data for w in omega]
     try:
-        loss, at_omega = gradients(train, [*omega, *beta], over_processes)
-        g = at_omega[:n]                                                # ∇_ω L_tr(ω, β)
-        move(omega, start, -eta, g)                                     # the look-ahead ω'
-        _, ahead = gradients(valid, [*omega, *beta], over_processes)
-        v, d_beta = ahead[:n], ahead[n:]                                # v, ∇_β L_val(ω', β)
-        eps = 0.01 / nn.utils.get_total_norm(v).clamp(min=1e-30)        # DARTS' (1806.09055)
-        if how == "exact" and eta > 0:
-            move(omega, start, 0, v)                                    # back at ω
-            second = mixed_derivative(train, omega, beta, v, over_processes)
-        elif how in ("forward", "central") and eta > 0:
-            lower, width = at_omega[n:], eps                            # ∇_β L_tr(ω, β)
-            if how == "central":
-                move(omega, start, -eps, v)
-                _, lower = gradients(train, beta, over_processes)
-                width = 2 * eps
-            move(omega, start, eps, v)
-            _, upper = gradients(train, beta, over_processes)
-            second = [(a - b) / width for a, b in zip(upper, lower)]
+        loss, g, train_beta = gradients(train, omega, beta, sum_over_processes)
+        move(omega, start, -eta, g)                             # ω' = ω − η ∇_ω L_tr(ω, β)
+        _, v, d_beta = gradients(valid, omega, beta, sum_over_processes)    # v, ∇_β L_val(ω', β)
+        if hypergrad != "first-order" and eta > 0:
+            restore(omega, start)
+            second = mixed_product(train, omega, beta, v, train_beta, hypergrad, sum_over_processes)
+            d_beta = [a - eta * b for a, b in zip(d_beta, second)]          # dL_val/dβ
     finally:
-        for w, w0 in zip(omega, start):
-            w.data = w0
-    if second is not None:
-        d_beta = [a - eta * b for a, b in zip(d_beta, second)]          # dL_val/dβ
+        restore(omega, start)
     for p, grad in zip([*omega, *beta], [*g, *d_beta]):
         p.grad = grad
     return loss
+
+
+def mixed_product(train, omega, beta, v, train_beta, hypergrad, sum_over_processes):
+    """
+    ∇²_{βω} L_tr(ω, β) v for each tensor of `beta`. `train_beta` is ∇_β L_tr(ω, β).
+
+    exact       differentiates twice, in the time of 4 to 6 passes for the whole step
+    central     (∇_β L_tr(ω+εv) − ∇_β L_tr(ω−εv)) / 2ε, 4 passes, error O(ε²)
+    forward     (∇_β L_tr(ω+εv) − ∇_β L_tr(ω)) / ε, 3 passes, error O(ε)
+    """
+    if hypergrad == "exact":
+        return mixed_derivative(train, omega, beta, v, sum_over_processes)
+    start = [w.data for w in omega]
+    eps = 0.01 / nn.utils.get_total_norm(v).clamp(min=1e-30)    # as in DARTS (1806.09055)
+    lower = train_beta
+    width = eps
+    if hypergrad == "central":
+        move(omega, start, -eps, v)
+        _, _, lower = gradients(train, [], beta, sum_over_processes)
+        width = 2 * eps
+    move(omega, start, eps, v)
+    _, _, upper = gradients(train, [], beta, sum_over_processes)
+    return [(a - b) / width for a, b in zip(upper, lower)]
 
 
 def move(omega, start, step, direction):
@@ -131,24 +133,32 @@ def move(omega, start, step, direction):
         w.data = w0 + step * d
 
 
-def gradients(losses, tensors, over_processes):
-    """The sum of losses(), and its gradient for each of `tensors`."""
-    zero = torch.zeros((), device=tensors[0].device, dtype=tensors[0].dtype)
-    total = [zero, *map(torch.zeros_like, tensors)]
+def restore(omega, start):
+    for w, w0 in zip(omega, start):
+        w.data = w0
+
+
+def gradients(losses, omega, beta, sum_over_processes):
+    """(L, ∇_ω L, ∇_β L) of the sum L of losses()."""
+    tensors = [*omega, *beta]
+    total = torch.zeros((), device=beta[0].device, dtype=beta[0].dtype)
+    sums = list(map(torch.zeros_like, tensors))
     for loss in losses():
-        for t, grad in zip(total, [loss.detach(), *torch.autograd.grad(loss, tensors)]):
+        total += loss.detach()
+        for t, grad in zip(sums, torch.autograd.grad(loss, tensors)):
             t += grad
-    value, *grads = over_processes(total)
-    return value, grads
+    sum_over_processes([total, *sums])
+    return total, sums[:len(omega)], sums[len(omega):]
 
 
-def mixed_derivative(losses, omega, beta, v, over_processes):
+def mixed_derivative(losses, omega, beta, v, sum_over_processes):
     """∇_β ⟨∇_ω L, v⟩ = ∇²_{βω} L v, for each of `beta`."""
-    total = list(map(torch.zeros_like, beta))
-    with sdpa_kernel(SDPBackend.MATH):         # the fused attentions differentiate once
+    sums = list(map(torch.zeros_like, beta))
+    with sdpa_kernel(SDPBackend.MATH):          # the fused kernels cannot be differentiated twice
         for loss in losses():
             g = torch.autograd.grad(loss, omega, create_graph=True)
             inner = sum((a * b).sum() for a, b in zip(g, v))
-            for t, grad in zip(total, torch.autograd.grad(inner, beta)):
+            for t, grad in zip(sums, torch.autograd.grad(inner, beta)):
                 t += grad
-    return over_processes(total)
+    sum_over_processes(sums)
+    return sums

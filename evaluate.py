@@ -1,130 +1,153 @@
 """
-How good is a checkpoint of train.py, peft or loralib, or what does it say?
+Evaluate a checkpoint of train.py, or an adapter of peft or loralib; or let it complete a prompt.
 
-    python evaluate.py out/lora.pt                          # its tasks again, before and after
-    python evaluate.py out/lora.pt --data skills            # other tasks: what was forgotten
-    python evaluate.py out/lora.pt --prompt "shout hello"   # complete this
-    python evaluate.py out/lora.pt --export model.bin       # W + ΔW, as other programs read it
+    python evaluate.py out/lora.pt                          # its tasks, before and after
+    python evaluate.py out/lora.pt --data skills            # other tasks: what it has forgotten
+    python evaluate.py out/lora.pt --prompt "shout hello"   # complete a prompt
+    python evaluate.py out/lora.pt --export model.bin       # write W + ΔW for other programs
 """
-import itertools
 import math
 
 import torch
 
 import lora
-from support import checkpoint, command, data
+from support import checkpoint, cli, data, distributed
 
 
 @torch.no_grad()
 def evaluate(model, tasks, tok, settings, device, generate=False):
-    """{task: {"loss": nats a token of its held-out completions, "exact": share of them that the
-    model says greedily, to the token}}; of text no "exact". The processes share the work."""
-    was_training, results = model.training, {}
+    """
+    {task: {"loss": nats per token of its held-out completions, "exact": share of the completions
+    that greedy decoding reproduces exactly}}. "exact" needs `generate`, and plain text has none.
+    The processes share the work.
+    """
+    was_training = model.training
     model.eval()
+    results = {}
     for task in tasks:
         exact = generate and not task.text
-        sums = torch.zeros(3, device=device)                        # loss, its tokens, rows right
+        sums = torch.zeros(3, device=device)                    # loss, its tokens, exact matches
         batches = list(data.batches(task.valid, settings.batch_size, model.config.block_size))
-        for rows in command.share(batches):
-            with command.autocast(settings.dtype, device):
+        for rows in distributed.share(batches):
+            with distributed.autocast(settings.dtype, device):
                 idx, targets = data.collate(rows, device)
                 loss = model(idx, targets)[1].item()
-                right = count_right(model, rows, tok) if exact else 0
-            counted = sum(r.counted for r in rows)
-            sums += torch.tensor([loss * counted, counted, right], device=device)
-        loss, counted, right = command.over_processes([sums])[0].tolist()
-        results[task.name] = {"loss": loss / counted}
+                matches = count_exact(model, rows, tok) if exact else 0
+            tokens = sum(row.n_target_tokens for row in rows)
+            sums += torch.tensor([loss * tokens, tokens, matches], device=device)
+        distributed.all_reduce_sum([sums])
+        loss, tokens, matches = sums.tolist()
+        results[task.name] = {"loss": loss / tokens}
         if exact:
-            results[task.name]["exact"] = right / len(task.valid)
+            results[task.name]["exact"] = matches / len(task.valid)
     model.train(was_training)
     return results
 
 
-def count_right(model, rows, tok):
-    longest = max(r.counted for r in rows)
-    answers, right = model.generate([r.ids[:r.given] for r in rows], longest, tok.eot_token), 0
-    for new, (ids, given) in zip(answers, rows):
-        right += new == ids[given:-1]
-    return right
+def count_exact(model, rows, tok):
+    """How many rows' completions greedy decoding reproduces exactly."""
+    longest = max(row.n_target_tokens for row in rows)
+    prompts = [row.ids[:row.prompt_len] for row in rows]
+    matches = 0
+    for new, row in zip(model.generate(prompts, longest, tok.eot_token), rows):
+        matches += new == row.ids[row.prompt_len:-1]
+    return matches
 
 
-def complete(model, prompts, tok, settings, device):
-    """Two lines for each prompt (a list of ids): its text, and its greedy completion."""
+def completions(model, prompts, tok, settings, device):
+    """Two lines for each prompt (a list of ids): its text and its greedy completion."""
     lines = []
     for ids in prompts:
         room = model.config.block_size + 1 - len(ids)
-        with command.autocast(settings.dtype, device):
-            new, = model.generate([ids], min(100, room), stop=tok.eot_token)
-        text = tok.decode(ids).removesuffix(data.EOT)
-        lines += [f"  {text}", f"    -> {tok.decode(new).strip()}"]
+        with distributed.autocast(settings.dtype, device):
+            new = model.generate([ids], min(100, room), stop=tok.eot_token)[0]
+        lines.append(f"  {tok.decode(ids).removesuffix(data.EOT)}")
+        lines.append(f"    -> {tok.decode(new).strip()}")
     return lines
 
 
 def first_prompts(tasks):
+    """A few held-out prompts; of plain text, the beginnings of windows."""
     prompts = []
     for task in tasks:
-        for ids, given in task.valid[:max(1, 3 // len(tasks))]:
-            prompts.append(list(ids[:16 if task.text else given]))
+        for row in task.valid[:max(1, 3 // len(tasks))]:
+            length = 16 if task.text else row.prompt_len
+            prompts.append(list(row.ids[:length]))
     return prompts
 
 
-def table(tasks, before, after):
+def results_table(tasks, before, after):
     lines = [f"{'':28} {'held-out':>8} {'loss':>9} {'exact match':>24}",
              f"{'task':28} {'rows':>8} {'before':>9} {'after':>9}  {'before':>9} {'after':>9}"]
-    rows = [(t.name, [t]) for t in tasks]
+    groups = [(task.name, [task]) for task in tasks]
     if len(tasks) > 1:
-        rows.append(("mean", tasks))
-    for name, over in rows:
-        cells = [f"{name[-28:]:28} {sum(len(t.valid) for t in over):8,}"]
-        for measure, results in itertools.product(("loss", "exact"), (before, after)):
-            total = sum(results[t.name].get(measure, math.nan) for t in over)
-            cells.append(f"{total / len(over):9.3f}".replace("nan", "  -"))
-        lines.append("{} {} {}  {} {}".format(*cells))
+        groups.append(("mean", tasks))
+    for name, group in groups:
+        cells = []
+        for measure in ("loss", "exact"):
+            for results in (before, after):
+                mean = sum(results[t.name].get(measure, math.nan) for t in group) / len(group)
+                cells.append("-" if math.isnan(mean) else f"{mean:.3f}")
+        rows = sum(len(task.valid) for task in group)
+        lines.append(f"{name[-28:]:28} {rows:8,} {cells[0]:>9} {cells[1]:>9}  "
+                     f"{cells[2]:>9} {cells[3]:>9}")
     return "\n".join(lines)
 
 
+def export(model, path):
+    """Write W + ΔW in the Hugging Face layout of GPT-2."""
+    lora.merge(model)
+    for name, m in lora.adapters(model).items():
+        model.set_submodule(name, m.base)
+    checkpoint.write(model.hf_state_dict(), checkpoint.reserve_path(path))
+    print(f"{path} contains the model; it has {model.config.n_head} heads per layer")
+
+
 def parse(argv=None):
-    p = command.parser(__doc__, "python evaluate.py CKPT [options]")
+    p = cli.parser(__doc__, "python evaluate.py CKPT [options]")
     add = p.add_argument
-    add("checkpoint", metavar="CKPT", help="what train.py left")
-    add("--data", nargs="+", metavar="TASK", help="tasks (default: the run's own)")
-    add("--prompt", nargs="+", metavar="TEXT", help="complete these, instead")
+    add("checkpoint", metavar="CKPT", help="a checkpoint of train.py, or an adapter")
+    add("--data", nargs="+", metavar="TASK", help="the tasks (default: those of the run)")
+    add("--prompt", nargs="+", metavar="TEXT", help="complete these texts instead")
     add("--export", metavar="FILE", help="instead, write W + ΔW in GPT-2's Hugging Face layout")
-    add("--base", help="its base model, where the checkpoint does not say, or it has moved")
-    add("--alpha", type=float, help="α of an adapter of loralib, which does not say it")
-    add("--eval_rows", type=command.number(int, 1), help="of each task (default: as trained)")
-    add("--device", help="cuda, mps or cpu (default: the first that is there)")
-    add("--dtype", choices=["fp32", "bf16"], help="(default: as trained)")
+    add("--base", help="the base model, if the file does not contain its name or it has moved")
+    add("--alpha", type=float, help="α of a loralib adapter, whose file does not contain it")
+    add("--eval_rows", type=cli.bounded(int, 1), help="held-out rows of each task "
+        "(default: as trained)")
+    add("--device", help="cuda, mps or cpu (default: the first available one)")
+    add("--dtype", choices=["fp32", "bf16"], help="of the activations (default: as trained)")
     return p.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    with command.plain_errors():
+    with cli.one_line_errors():
         changes = {"model": args.base, "data": args.data, "eval_rows": args.eval_rows,
                    "dtype": "fp32" if args.export else args.dtype}
         changes = {name: value for name, value in changes.items() if value}
         saved, settings = checkpoint.open_run(args.checkpoint, changes, args.alpha)
-        device = command.pick_device(args.device)
+        device = distributed.pick_device(args.device)
         model = checkpoint.start_model(settings, device)
         tok = data.tokenizer(model.config.vocab_size)
-        if not args.prompt and not args.export:
-            block = min(settings.block_size, model.config.block_size)
-            tasks = data.load(settings.data, tok, block, settings.eval_rows)
-            before = evaluate(model, tasks, tok, settings, device, generate=True)
-        checkpoint.restore(saved, model)
         if args.export:
-            lora.merge(model)
-            checkpoint.write(model.hf_state_dict(), checkpoint.claim(args.export))
-            return print(f"{args.export} has the model, of {model.config.n_head} heads a layer")
+            checkpoint.restore(saved, model)
+            return export(model, args.export)
         if args.prompt:
-            prompts = [tok.encode_ordinary(text) + [tok.eot_token] for text in args.prompt]
-            return print(*complete(model, prompts, tok, settings, device), sep="\n")
+            checkpoint.restore(saved, model)
+            prompts = [data.encode_prompt(tok, text, settings.data or ["-"]) for text in args.prompt]
+            print("\n".join(completions(model, prompts, tok, settings, device)))
+            return None
+        if settings.data is None:
+            raise ValueError(f"{args.checkpoint} does not contain its tasks: pass --data")
+        block_size = min(settings.block_size, model.config.block_size)
+        tasks = data.load(settings.data, tok, block_size, settings.eval_rows)
+        before = evaluate(model, tasks, tok, settings, device, generate=True)
+        checkpoint.restore(saved, model)
         after = evaluate(model, tasks, tok, settings, device, generate=True)
-        samples = complete(model, first_prompts(tasks), tok, settings, device)
-        print(table(tasks, before, after), "", *samples, sep="\n")
+        samples = completions(model, first_prompts(tasks), tok, settings, device)
+        print(results_table(tasks, before, after), "", *samples, sep="\n")
         return after
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_main(main)

@@ -1,11 +1,11 @@
 """
 LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021, arXiv 2106.09685).
 
-    h = W x + b + ΔW · dropout(x)        ΔW = (B ∘ s) A,   s = α/r              (equation 3)
+    h = W x + b + ΔW · dropout(x)        ΔW = B diag(s) A,   s = α/r              (equation 3)
 
-W stays frozen. A starts Kaiming-uniform, as in loralib (the paper: Gaussian), and B at zero.
+W is frozen; A and B are trained. A is initialised Kaiming-uniform, as in loralib (the paper says
+Gaussian), and B with zeros, so that training starts at the base model.
 """
-import hashlib
 import math
 from collections import Counter
 from contextlib import contextmanager
@@ -15,26 +15,31 @@ import torch.nn as nn
 
 
 class LoRALinear(nn.Module):
-    """An nn.Linear `base`, frozen by `inject`, and a trained update of rank r beside it."""
+    """A frozen nn.Linear, `base`, plus a trained update of rank r: x (..., d_in) -> h (..., d_out).
+    Raises ValueError if `rank` is not an integer from 1 to min(d_in, d_out)."""
+
     def __init__(self, base, rank, alpha=16.0, dropout=0.0):
         super().__init__()
-        W, (d_out, d_in) = base.weight, base.weight.shape
-        if rank not in range(1, min(W.shape) + 1):
-            raise ValueError(f"rank {rank} for {tuple(W.shape)}: choose 1 to {min(W.shape)}")
-        self.base, self.rank, self.alpha = base, int(rank), alpha
+        W = base.weight
+        d_out, d_in = W.shape
+        if rank not in range(1, min(d_out, d_in) + 1):
+            raise ValueError(f"rank {rank} is not an integer from 1 to {min(d_out, d_in)}")
+        self.base = base.requires_grad_(False)
+        self.rank = int(rank)
+        self.alpha = alpha
         self.dropout = nn.Dropout(dropout)
-        self.register_buffer("kept", None, persistent=False)        # W, while the base is W + ΔW
-        dtype = torch.promote_types(W.dtype, torch.float32)         # float32 over bfloat16
+        self.register_buffer("W_frozen", None, persistent=False)    # W, while the layer is merged
+        dtype = torch.promote_types(W.dtype, torch.float32)         # float32 over a bfloat16 base
         self.A = nn.Parameter(W.new_empty(self.rank, d_in, dtype=dtype))
         self.B = nn.Parameter(W.new_zeros(d_out, self.rank, dtype=dtype))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def scale(self):
-        """s: a number here; in the subclasses a tensor (r,) or (d_out, r), multiplied with B."""
+        """s: a number here; in the subclasses a tensor (r,) or (d_out, r) that multiplies B."""
         return self.alpha / self.rank
 
     def factors(self):
-        """(B ∘ s, A), of shapes (d_out, r) and (r, d_in), whose product is ΔW."""
+        """(B diag(s), A), of shapes (d_out, r) and (r, d_in). Their product is ΔW."""
         return self.B * self.scale(), self.A
 
     def delta_weight(self):
@@ -43,78 +48,56 @@ class LoRALinear(nn.Module):
         return Bs @ A
 
     def forward(self, x):
-        if self.kept is not None:                                   # merged: the base is W + ΔW
+        if self.merged:                                             # the base has W + ΔW
             return self.base(x)
         Bs, A = self.factors()
-        z = nn.functional.linear(self.dropout(x), A.to(x.dtype))    # x Aᵀ: (..., d_in) -> (..., r)
+        z = nn.functional.linear(self.dropout(x), A.to(x.dtype))    # (..., d_in) -> (..., r)
         return self.base(x) + nn.functional.linear(z, Bs.to(x.dtype))   # equation 3, (..., d_out)
+
+    @property
+    def merged(self):
+        return self.W_frozen is not None
 
     @torch.no_grad()
     def merge(self):
-        """W ← W + ΔW, added in float32: the layer then costs what its base costs. Idempotent."""
-        if self.kept is None:
-            W = self.kept = self.base.weight.data
-            merged = W.to(self.A.dtype) + self.delta_weight()
-            self.base.weight.data = merged.to(W.dtype)
+        """W ← W + ΔW, added in float32. The layer then costs what its base costs. Idempotent."""
+        if not self.merged:
+            W = self.W_frozen = self.base.weight.data
+            self.base.weight.data = (W.to(self.A.dtype) + self.delta_weight()).to(W.dtype)
 
     def unmerge(self):
-        """Put the kept W back: subtracting ΔW again would leave rounding. Idempotent."""
-        if self.kept is not None:
-            self.base.weight.data, self.kept = self.kept, None
+        """Restore the kept W: subtracting ΔW would leave rounding errors. Idempotent."""
+        if self.merged:
+            self.base.weight.data = self.W_frozen
+            self.W_frozen = None
 
 
-def adapters(model):
-    """{name: layer} of a model's LoRA layers."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-
-
-def inject(model, targets="all", rank=8, layer=LoRALinear, **settings):
-    """Put `layer(linear, rank, **settings)` in the place of nn.Linear layers, freeze all the rest.
-    `targets` are last parts of names ("q v") or "all"; a `rank` {whole name: r} says them, too.
-    Returns the model. ValueError, with the model as it was, where that cannot work."""
-    if adapters(model):
-        raise ValueError("the model has adapters already: remove(model) takes them out")
-    return place(model, build(model, targets, rank, layer, settings))
-
-
-def build(model, targets, rank, layer, settings):
-    """{name: new layer}, checked and not yet in the model."""
-    linears = {name: m for name, m in model.named_modules() if name and type(m) is nn.Linear}
-    kinds = dict.fromkeys(name.split(".")[-1] for name in linears)
-    known, wanted = [*linears, *kinds, "all"], targets.split()
-    if isinstance(rank, dict):
-        known, wanted = linears, list(rank)
-    unknown = [t for t in wanted if t not in known]
-    if unknown or not wanted or not linears:
-        raise ValueError(f"--targets {' '.join(unknown)}: choose from {' '.join(kinds)}, or all")
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    new, about = {}, {"layer": layer.__name__, "settings": settings, "base": fingerprint(model)}
-    for name, linear in linears.items():
-        parent, _, kind = name.rpartition(".")
-        if {name, kind, "all"}.isdisjoint(wanted):
-            continue
-        fused = isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer)
-        if fused or uses[id(linear.weight)] > 1:
-            raise ValueError(f"{name}: leave it out, its weight is used past an adapter as well")
-        r = rank[name] if isinstance(rank, dict) else rank
-        new[name] = layer(linear, r, **settings)
-        new[name].about = about                             # what its state says besides tensors
-    return new
-
-
-def place(model, new):
-    remove(model)
+def inject(model, targets=None, rank=8, layer=LoRALinear, **settings):
+    """
+    Replace nn.Linear layers by `layer(linear, rank, **settings)` and freeze all other parameters.
+    `targets` are last parts of module names, "q v" or ["q", "v"], or full names, or "all" (None).
+    `rank` is an integer, or {full module name: rank}, which then also chooses the layers. Returns
+    the model. Raises ValueError, and leaves the model as it was, if a layer cannot be adapted.
+    """
+    ranks = choose_layers(model, targets, rank)
+    trainable = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
-    for name, m in new.items():
+    layers = {}
+    try:
+        for name, r in ranks.items():
+            layers[name] = layer(model.get_submodule(name), r, **settings)
+    except (TypeError, ValueError) as e:
+        for p in trainable:
+            p.requires_grad_(True)
+        raise ValueError(f"{name}: {e}") from None
+    for name, m in layers.items():
         model.set_submodule(name, m.train(model.training))
     return model
 
 
-def remove(model):
-    """Take the adapters out again: what is left is the base to the bit (still frozen)."""
-    for name, m in adapters(model).items():
-        m.unmerge()
-        model.set_submodule(name, m.base)
+def adapters(model):
+    """{module name: layer} of a model's LoRA layers."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def merge(model):
@@ -127,74 +110,58 @@ def unmerge(model):
         m.unmerge()
 
 
+def remove(model):
+    """Put the base layers back. The weights are then exactly those of the base, still frozen."""
+    unmerge(model)
+    for name, m in adapters(model).items():
+        model.set_submodule(name, m.base)
+
+
 @contextmanager
 def disabled(model):
-    """`with disabled(model): ...` has the base alone, merged or not."""
-    layers = [(name, m, m.kept) for name, m in adapters(model).items()]
+    """`with disabled(model): ...` runs the base model alone, even if the adapters are merged."""
+    layers = adapters(model)
+    merged = [m for m in layers.values() if m.merged]
     remove(model)
     try:
         yield model
     finally:
-        for name, m, was_merged in layers:
+        for name, m in layers.items():
             model.set_submodule(name, m.train(model.training))
-            if was_merged is not None:
-                m.merge()
+        for m in merged:
+            m.merge()
 
 
-def fingerprint(model):
-    """Names, shapes and values (rounded to bfloat16) of the base's weights, in 16 hex digits."""
-    for m in adapters(model).values():
-        return m.about["base"]                  # taken before the adapters came
-    sha = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
-        sha.update(f"{name} {tuple(p.shape)}".encode())
-        sha.update(p.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
-    return sha.hexdigest()[:16]
-
-
-def state_dict(model):
-    """The adapter alone: its class, settings, base (a fingerprint), {name: its tensors}, scale."""
-    if not adapters(model):
-        raise ValueError("the model has no adapters to save")
-    tensors, scale = {}, {}
-    for name, m in adapters(model).items():
-        tensors[name] = {k: p.detach().cpu().clone() for k, p in m.named_parameters(recurse=False)}
-        scale[name] = torch.as_tensor(m.scale(), dtype=m.A.dtype).detach().cpu()
-    return {**m.about, "tensors": tensors, "scale": scale}
-
-
-def load_state_dict(model, state):
-    """Put a saved adapter in the place of the one there is. ValueError, with all as it was."""
-    layers = {c.__name__: c for c in (LoRALinear, *LoRALinear.__subclasses__())}
-    if state["base"] != fingerprint(model) or state["layer"] not in layers:
-        raise ValueError(f"it is of another base, {state['base']}, or unknown {state['layer']}")
-    ranks = {name: len(own.get("A", [])) for name, own in state["tensors"].items()}
-    with disabled(model):                                   # `build` looks for plain nn.Linear
-        new = build(model, "", ranks, layers[state["layer"]], state["settings"])
-    for name, m in new.items():
-        own, saved = dict(m.named_parameters(recurse=False)), state["tensors"][name]
-        if own.keys() != saved.keys() or any(own[k].shape != saved[k].shape for k in own):
-            raise ValueError(f"the adapter is not whole: {name} should have other tensors")
-        for k, p in own.items():
-            p.data.copy_(saved[k])
-    return place(model, new)
-
-
-def combine(states, weights=None):
-    """Σᵢ wᵢ ΔWᵢ of saved adapters of one base, exactly, as one of rank Σᵢ rᵢ: wᵢ Bᵢ side by side,
-    Aᵢ on top of each other, as MultiLoRA's n LoRAs are. Task arithmetic (arXiv 2212.04089)."""
-    weights = [1.0] * len(states) if weights is None else weights
-    tensors, scale = {}, {}
-    bases = {state["base"] for state in states}
-    if len(bases) != 1:
-        raise ValueError("the adapters to combine should be of one base")
-    for state, w in zip(states, weights, strict=True):
-        for name, own in state["tensors"].items():
-            both = tensors.setdefault(name, {"A": own["A"][:0], "B": own["B"][:, :0]})
-            both["A"] = torch.cat([both["A"], own["A"]])
-            both["B"] = torch.cat([both["B"], w * state["scale"][name] * own["B"]], 1)
-    for name, both in tensors.items():
-        scale[name] = 1 / len(both["A"])                                # α/r with α = 1
-        both["B"] *= len(both["A"])
-    about = {"layer": "LoRALinear", "settings": {"alpha": 1.0}, "base": bases.pop()}
-    return {**about, "tensors": tensors, "scale": scale}
+def choose_layers(model, targets, rank):
+    """{module name: rank} of the layers that `inject` replaces. Raises ValueError."""
+    if adapters(model):
+        raise ValueError("the model already has adapters: call lora.remove(model) first")
+    if isinstance(rank, dict) and targets is not None:
+        raise ValueError("a dict of ranks chooses the layers: do not pass targets as well")
+    linears = [name for name, m in model.named_modules() if name and type(m) is nn.Linear]
+    last_part = {name: name.split(".")[-1] for name in linears}
+    wanted = ["all"] if targets is None else targets
+    wanted = set(wanted.split() if isinstance(wanted, str) else wanted)
+    ranks = {name: rank for name in linears if {name, last_part[name], "all"} & wanted}
+    unknown = wanted - {*linears, *last_part.values(), "all"}
+    if isinstance(rank, dict):
+        ranks = {name: rank[name] for name in linears if name in rank}
+        unknown = rank.keys() - ranks.keys()
+    for name, m in model.named_modules():
+        if type(m).__name__ == "Conv1D" and {name, name.split(".")[-1], "all"} & (unknown or wanted):
+            raise ValueError(f"{name} is a transformers Conv1D, not an nn.Linear: the README shows "
+                             "how to replace it")
+    if unknown or not ranks:
+        choices = f"{' '.join(dict.fromkeys(last_part.values()))}, \"all\" and full names"
+        if isinstance(rank, dict):
+            choices = f"full names such as {', '.join(linears[:2])}"
+        raise ValueError(f"{' '.join(sorted(unknown)) or 'an empty selection'} is not an nn.Linear "
+                         f"of the model: choose from {choices}")
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name in ranks:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        tied = uses[id(model.get_submodule(name).weight)] > 1
+        if tied or isinstance(parent, nn.TransformerEncoderLayer):
+            raise ValueError(f"{name}: its weight is also used outside this layer (it is tied, or "
+                             "nn.TransformerEncoderLayer reads it), where ΔW would be missing")
+    return ranks

@@ -1,10 +1,10 @@
 """
 GPT-2 and nothing else: sizes, forward pass, cached generation, released weights in and out.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". The released code holds
-query, key and value in one matrix and stores every matrix transposed; here `attn.q`, `attn.k`,
-`attn.v`, `attn.o`, `mlp.up`, `mlp.down` are six plain `nn.Linear`, weights (d_out, d_in), so that
-ΔW_q, ΔW_v, ... are objects of their own, as the papers on low-rank adaptation need.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". The released code keeps
+query, key and value in one matrix and stores every matrix transposed. Here `attn.q`, `attn.k`,
+`attn.v`, `attn.o`, `mlp.up` and `mlp.down` are six plain `nn.Linear` with weights (d_out, d_in), so
+that ΔW_q, ΔW_v, ... are separate matrices, as the papers on low-rank adaptation need.
 
 Letters in the shape comments: B rows, T tokens, C width, V vocabulary, nh heads, hs = C / nh.
 """
@@ -20,15 +20,15 @@ import torch.nn.functional as F
 @dataclass
 class GPTConfig:
     vocab_size: int = 50257
-    block_size: int = 1024          # the longest row, in tokens
+    block_size: int = 1024          # the longest row in tokens
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
 
 
 PRESETS = {
-    "nano": GPTConfig(257, 512, n_layer=4, n_head=4, n_embd=128),    # 0.9 M, comes along
-    "tiny": GPTConfig(n_layer=2, n_head=1, n_embd=64),               # 3 M, to rehearse with
+    "nano": GPTConfig(257, 512, n_layer=4, n_head=4, n_embd=128),    # 0.9 M, bundled
+    "tiny": GPTConfig(n_layer=2, n_head=1, n_embd=64),               # 3 M, for rehearsals
     "gpt2": GPTConfig(),                                             # 124 M
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),    # 355 M
     "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),     # 774 M
@@ -54,9 +54,9 @@ class Attention(nn.Module):
         if cache is not None:                                           # (2, B, S, nh, hs)
             cache[0, :, start:start + T] = k
             cache[1, :, start:start + T] = v
-            k, v = cache[:, :, :start + T].to(q.dtype)                  # all that was before, too
+            k, v = cache[:, :, :start + T].to(q.dtype)                  # with all earlier tokens
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        causal = mask is None and T > 1                                 # one token sees all before
+        causal = mask is None and T > 1             # a single token sees all earlier ones
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.o(y.transpose(1, 2).reshape(B, T, C))
 
@@ -86,31 +86,37 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     def __init__(self, config):
-        """Random weights, as GPT-2 starts training."""
+        """Random weights, distributed as in GPT-2's initialisation."""
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)       # also the head
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)       # also the output head
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif name.endswith(("attn.o.weight", "mlp.down.weight")):   # they write to the residual
+            elif name.endswith(("attn.o.weight", "mlp.down.weight")):   # residual branches
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif "ln_" not in name:
                 nn.init.normal_(p, std=0.02)
 
-    def hidden(self, idx, cache=None, start=0, pad=None):
-        """Final hidden states (B, T, C) of idx (B, T) from `start` on, behind pad (B,) padding."""
-        T, limit = idx.size(1), self.config.block_size
+    def hidden_states(self, idx, cache=None, start=0, pad=None):
+        """
+        The final hidden states (B, T, C) of the tokens idx (B, T) at positions `start` to
+        `start` + T - 1. The first pad (B,) positions of each row are padding.
+        """
+        T = idx.size(1)
+        limit = self.config.block_size
         if start + T > limit:
-            raise ValueError(f"a row of {start + T} tokens does not fit the block of {limit}")
-        position, mask = torch.arange(start, start + T, device=idx.device), None        # (T,)
+            raise ValueError(f"a row of {start + T} tokens exceeds the block size, {limit}")
+        position = torch.arange(start, start + T, device=idx.device)                    # (T,)
+        mask = None
         if pad is not None:
-            seen, now = torch.arange(start + T, device=idx.device), position[:, None]
-            mask = (seen <= now) & (seen >= pad[:, None, None])                     # (B, T, S)
-            mask = (mask | (seen == now))[:, None]          # padding sees itself: no empty softmax
+            query = position[:, None]
+            key = torch.arange(start + T, device=idx.device)
+            mask = (key <= query) & (key >= pad[:, None, None])                     # (B, T, S)
+            mask = (mask | (key == query))[:, None]     # padding sees itself: no empty softmax
             position = (position - pad[:, None]).clamp(min=0)                           # (B, T)
         x = self.wte(idx) + self.wpe(position)
         for i, block in enumerate(self.h):
@@ -119,13 +125,14 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, label_smoothing=0.0):
         """
-        idx (B, T) token ids; targets (B, T) the id that should follow each, -100 where it does not
-        matter. Returns logits (B, T, V) and, with targets, their mean cross-entropy in nats.
+        idx (B, T) are token ids; targets (B, T) are the ids that should follow them, with -100 for
+        positions that the loss ignores. Returns the logits (B, T, V) and the mean cross-entropy in
+        nats, which is None without targets.
         """
-        logits = F.linear(self.hidden(idx), self.wte.weight)                            # (B, T, V)
+        logits = F.linear(self.hidden_states(idx), self.wte.weight)                     # (B, T, V)
         if targets is None:
             return logits, None
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))              # never bf16
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))      # never in bfloat16
         loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-100,
                                label_smoothing=label_smoothing)
         return logits, loss
@@ -133,44 +140,48 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, stop=None):
         """
-        Continue each of B prompts (lists of ids, which may differ in length) by likeliest tokens,
-        one position a pass, by a key/value cache. Returns B lists of new ids, each cut before its
-        first `stop`. Raises ValueError for an empty prompt and for more than fits the block.
+        Greedy decoding with a key/value cache. prompts are B lists of ids, which may differ in
+        length. Returns B lists of new ids, each cut before its first `stop`. Raises ValueError for
+        an empty prompt, and if the new tokens do not fit the model's block.
         """
-        c, device = self.config, self.wte.weight.device
+        config = self.config
+        device = self.wte.weight.device
         longest = max(map(len, prompts), default=0)
-        room = max(0, c.block_size + 1 - longest)                       # the last is never read
-        if not prompts or not all(prompts) or not 1 <= max_new_tokens <= room:
-            raise ValueError(f"every prompt needs a token; behind the longest, of {longest}, there "
-                             f"is room for {room} new ones, not {max_new_tokens}")
-        # shorter prompts are padded in front, so that all rows write at one position
-        pad = torch.tensor([longest - len(p) for p in prompts], device=device)
+        room = max(0, config.block_size + 1 - longest)      # the last new token is never read
+        if not prompts or not all(prompts):
+            raise ValueError("every prompt must have at least one token")
+        if not 1 <= max_new_tokens <= room:
+            raise ValueError(f"{max_new_tokens} new tokens after {longest}: only {room} would fit")
+        # shorter prompts are padded on the left, so that all rows end at the same position
         idx = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+        pad = torch.tensor([longest - len(p) for p in prompts], device=device)
         pad = pad if pad.any() else None
         S = longest + max_new_tokens - 1
-        size = c.n_layer, 2, len(idx), S, c.n_head, c.n_embd // c.n_head
-        cache = self.wte.weight.new_zeros(size)
-        was_training, new = self.training, []
+        cache = self.wte.weight.new_zeros(config.n_layer, 2, len(idx), S, config.n_head,
+                                          config.n_embd // config.n_head)
         ended = torch.zeros(len(idx), dtype=torch.bool, device=device)
+        new = []
+        was_training = self.training
         self.eval()
-        x = self.hidden(idx, cache, 0, pad)[:, -1]                                      # (B, C)
+        x = self.hidden_states(idx, cache, 0, pad)[:, -1]                               # (B, C)
         for t in range(longest, S + 1):
             token = F.linear(x, self.wte.weight).argmax(-1)                             # (B,)
             new.append(token)
             ended |= token == stop
             if t == S or ended.all():
                 break
-            x = self.hidden(token[:, None], cache, t, pad)[:, 0]
+            x = self.hidden_states(token[:, None], cache, t, pad)[:, 0]
         self.train(was_training)
         rows = torch.stack(new, 1).tolist()
-        return [r[:r.index(stop)] if stop in r else r for r in rows]
+        return [row[:row.index(stop)] if stop in row else row for row in rows]
 
     @classmethod
     def from_pretrained(cls, name, n_head=None):
         """
-        `nano`, a released size (downloaded once), or a file: a checkpoint of ours, or a state dict
-        in the Hugging Face layout, with heads of 64 unless `n_head` says how many; in float32.
-        Raises OSError where there is nothing to read, ValueError where it does not fit exactly.
+        A pretrained model in float32. `name` is nano, a released size such as gpt2-medium (which is
+        downloaded once), or a file: a checkpoint of train.py --method full, or a state dict in the
+        Hugging Face layout, whose heads have size 64 unless `n_head` is given. Raises OSError if
+        there is nothing to read, ValueError if the weights are not a complete GPT-2.
         """
         name = str(name)
         if name in PRESETS and name.startswith("gpt2"):
@@ -178,24 +189,24 @@ class GPT(nn.Module):
         elif name == "nano" or Path(name).is_file():
             saved = read(NANO if name == "nano" else name)
         else:
-            raise FileNotFoundError(f"{name}: no such file, nor a model like nano or gpt2-medium")
-        if "adapter" in saved:
-            raise ValueError(f"{name} holds an adapter; wanted is the model it was trained on")
+            raise FileNotFoundError(f"{name} is neither a file nor a model such as gpt2-medium")
+        if "adapter" in saved or "tensors" in saved:
+            raise ValueError(f"{name} contains an adapter, not a model: pass its base model")
         try:
             if "config" in saved:
                 config, state = GPTConfig(**saved["config"]), saved["model"]
             else:
                 config, state = from_hf_layout(saved, n_head)
-            with torch.device("meta"):      # neither memory nor random numbers: all is replaced
+            with torch.device("meta"):      # no memory and no random numbers: all is replaced
                 model = cls(config)
             model.load_state_dict({k: t.float() for k, t in state.items()}, assign=True)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-            raise ValueError(f"{name} is no GPT-2: {type(e).__name__}, {e}") from None
+            raise ValueError(f"{name} is not a GPT-2: {type(e).__name__}, {e}") from None
         return model
 
     @torch.no_grad()
     def hf_state_dict(self):
-        """The weights in the Hugging Face layout, with merged adapters. ValueError for others."""
+        """The weights in the Hugging Face layout. Raises ValueError if a layer was replaced."""
         out = {}
         for name, p in self.named_parameters():
             if "ln_" in name or name in ("wte.weight", "wpe.weight"):
@@ -203,31 +214,31 @@ class GPT(nn.Module):
         for i, block in enumerate(self.h):
             for theirs, ours in HF_NAMES.items():
                 linears = [block.get_submodule(name) for name in ours]
-                if any(getattr(m, "kept", m) is None for m in linears):
-                    raise ValueError("merge the adapters first: lora.merge(model)")
-                linears = [getattr(m, "base", m) for m in linears]
-                W = torch.cat([m.weight for m in linears])              # (d_out, d_in), or three
+                if not all(type(m) is nn.Linear for m in linears):
+                    raise ValueError(f"h.{i} {' '.join(ours)} must be plain nn.Linear layers")
+                W = torch.cat([m.weight for m in linears])      # one or three, each (d_out, d_in)
                 out[f"h.{i}.{theirs}.weight"] = W.T.contiguous()
                 out[f"h.{i}.{theirs}.bias"] = torch.cat([m.bias for m in linears])
         return out
 
 
-# matrices of the released files, (d_in, d_out), and what they are here
+# the matrices of the released files, each (d_in, d_out), and their names here
 HF_NAMES = {"attn.c_attn": ("attn.q", "attn.k", "attn.v"), "attn.c_proj": ("attn.o",),
             "mlp.c_fc": ("mlp.up",), "mlp.c_proj": ("mlp.down",)}
 
 
 def from_hf_layout(saved, n_head=None):
-    """(config, state dict) of a state dict in the Hugging Face layout. KeyError if it is none."""
+    """(config, state dict) of a state dict in the Hugging Face layout. KeyError, ValueError."""
     masks = (".attn.bias", ".attn.masked_bias")             # buffers that old versions stored
     state = {k.removeprefix("transformer."): v for k, v in saved.items() if not k.endswith(masks)}
-    wte, T = state["wte.weight"], len(state["wpe.weight"])
+    wte = state["wte.weight"]
     V, C = wte.shape
+    T = len(state["wpe.weight"])
     if not torch.equal(state.pop("lm_head.weight", wte), wte):
         raise ValueError("lm_head.weight differs from wte.weight, but GPT-2's head is tied")
     size = C / n_head if n_head else 64
     if C % size or size % 1 or (not n_head and C < 768):
-        raise ValueError(f"it does not say how many heads its width {C} has: n_head should")
+        raise ValueError(f"pass n_head, the number of heads, which must divide the width {C}")
     n_layer = len([k for k in state if k.endswith("attn.c_attn.weight")])
     for i in range(n_layer):
         for theirs, ours in HF_NAMES.items():
@@ -240,21 +251,21 @@ def from_hf_layout(saved, n_head=None):
 
 
 def download(name):
-    """The released state dict, from torch's cache or the network. Raises ConnectionError."""
+    """A released state dict, from torch's cache or the network. Raises ConnectionError."""
     url, file = RELEASED.format(name), f"{name}.bin"
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=file,
                                                   weights_only=True)
-    except Exception as e:      # of the network, or of a file that is not what it should be
-        raise ConnectionError(f"{name}: no weights ({e}). Bring {url} here, or delete "
-                              f"{torch.hub.get_dir()}/checkpoints/{file} if it is broken")
+    except Exception as e:      # no network, or a damaged file, in many kinds
+        raise ConnectionError(f"{name} could not be downloaded ({e}). Save {url} as {file} in "
+                              f"{torch.hub.get_dir()}/checkpoints, or delete it there if damaged")
 
 
 def read(path):
-    """The dict in a torch file. Raises OSError, or ValueError where the file is not such a one."""
+    """The dict in a file that torch.save wrote. Raises OSError, or ValueError if it is none."""
     with open(path, "rb") as f:
         try:
             return dict(torch.load(f, map_location="cpu", weights_only=True))
-        except Exception as e:      # torch raises many kinds here: zip, unpickling, end of file
+        except Exception as e:      # torch raises many kinds: zip, unpickling, end of file
             why = type(e).__name__
-            raise ValueError(f"{path}: not a whole checkpoint or model ({why})") from None
+            raise ValueError(f"{path} is not a complete file of torch.save ({why})") from None

@@ -344,7 +344,7 @@ def generation(base, args):
     def without():
         row = prompt
         for _ in range(new):
-            logits = F.linear(model.hidden(row)[:, -1:], model.wte.weight)
+            logits = F.linear(model.hidden_states(row)[:, -1:], model.wte.weight)
             row = torch.cat([row, logits.argmax(-1)], 1)
         return row[0, given:].tolist()
 

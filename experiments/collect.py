@@ -16,7 +16,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support import checkpoint
+from support import checkpoint, tasks
 
 COMMON = "method model data seed lr steps batch_size"
 OWN = {
@@ -39,7 +39,7 @@ def row_of(name, saved, settings):
         ranks = [len(own["A"]) for own in saved["adapter"]["tensors"].values()]
         if min(ranks) < max(ranks):
             row["ranks"] = ranks
-    if settings.ranks:
+    if settings.ranks_from:
         del row["rank"]
     return row | results(saved["before"], saved["after"])
 

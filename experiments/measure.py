@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import variants         # so that their layers can be loaded
 from evaluate import evaluate
-from support import checkpoint, command, data
+from support import checkpoint, data, distributed
 from support.tasks import MIXTURE, SKILLS, builtin
 
 ROWS = 200
@@ -84,7 +84,7 @@ def main(argv=None):
     p.add_argument("--share", default="0/1", metavar="I/N")
     args = p.parse_args(argv)
     i, n = map(int, args.share.split("/"))
-    device = command.pick_device("cpu")
+    device = distributed.pick_device("cpu")
     for path in args.checkpoints[i::n]:
         out = path.with_name(f"{path.stem}-test.json")
         known = {}

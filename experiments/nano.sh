@@ -165,7 +165,7 @@ autolora() {                                # its ranks, and others
     after autolora-seed$1
     for kind in uniform random shuffled chance; do
         dealt $kind $1
-        run $kind-seed$1 $LORA --ranks $DIR/ranks/$kind-seed$1.pt --seed $1
+        run $kind-seed$1 $LORA --ranks_from $DIR/ranks/$kind-seed$1.pt --seed $1
     done
     of_fixed_scale $1
     of_the_null $1
@@ -178,15 +178,15 @@ dealt() {                                   # ranks of a kind, of as many parame
 
 of_fixed_scale() {
     TRAIN="python experiments/variants.py fixed-scale"
-    run fixed-found-seed$1 $LORA --ranks $DIR/autolora-seed$1.pt --seed $1
-    run fixed-uniform-seed$1 $LORA --ranks $DIR/ranks/uniform-seed$1.pt --seed $1
+    run fixed-found-seed$1 $LORA --ranks_from $DIR/autolora-seed$1.pt --seed $1
+    run fixed-uniform-seed$1 $LORA --ranks_from $DIR/ranks/uniform-seed$1.pt --seed $1
     TRAIN=
 }
 
 of_the_null() {
     after null-search-seed$1
     dealt null $1 --from $DIR/null-search-seed$1.pt
-    run null-seed$1 $LORA --ranks $DIR/ranks/null-seed$1.pt --seed $1
+    run null-seed$1 $LORA --ranks_from $DIR/ranks/null-seed$1.pt --seed $1
 }
 
 forgetting() {                              # on instruct, which does not overwrite all skills
@@ -227,7 +227,7 @@ more_autolora() {
     after autolora-seed$1
     dealt uniform $1
     dealt chance $1
-    run chance-seed$1 $LORA --ranks $DIR/ranks/chance-seed$1.pt --seed $1
+    run chance-seed$1 $LORA --ranks_from $DIR/ranks/chance-seed$1.pt --seed $1
     of_fixed_scale $1
     of_the_null $1
 }

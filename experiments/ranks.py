@@ -1,5 +1,5 @@
 """
-Other ranks of as many parameters as those that AutoLoRA found, for train.py --ranks:
+Other ranks of as many parameters as those that AutoLoRA found, for train.py --ranks_from:
 
     python experiments/ranks.py FOUND.pt uniform|random|shuffled|chance SEED OUT.pt
     python experiments/ranks.py FOUND.pt null SEED OUT.pt --from NULL.pt
@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lora
-from support import checkpoint
+from support import adapter_state, checkpoint
 
 
 def spent(ranks, cost):
@@ -99,15 +99,15 @@ def main(argv=None):
     if (args.kind == "null") != (args.null is not None):
         p.error("null, and only that, needs --from")
     saved, settings = checkpoint.open_run(args.found)
-    found, cost, null = checkpoint.ranks_of(args.found, saved["base"]), {}, None
+    found, cost, null = checkpoint.read_ranks(args.found, saved["base"]), {}, None
     if args.kind == "null":
-        null = checkpoint.ranks_of(args.null, saved["base"])
+        null = checkpoint.read_ranks(args.null, saved["base"])
     for name, own in saved["adapter"]["tensors"].items():
         cost[name] = own["A"].size(1) + own["B"].size(0)
     new = deal(found, args.kind, cost, settings.rank, random.Random(args.seed), null)
     model = lora.inject(checkpoint.start_model(settings, "cpu"), rank=new)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write({"adapter": lora.state_dict(model)}, args.out)
+    checkpoint.write({"adapter": adapter_state.state_dict(model)}, args.out)
     print(f"{args.kind} ranks, {spent(new, cost):,} of {spent(found, cost):,} parameters:")
     print(*new.values())
 

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluate import evaluate
-from support import checkpoint, command, data
+from support import checkpoint, cli, data, distributed
 
 AT_ONCE, LONGEST, WINDOW = 20, 80, 512      # prompts, tokens of a text, tokens of a window
 
@@ -34,8 +34,8 @@ def answers(model, prompts, tok, settings, device):
     texts = []
     for i in range(0, len(prompts), AT_ONCE):
         rows = [data.encode(tok, prompt, "") for prompt in prompts[i:i + AT_ONCE]]
-        with command.autocast(settings.dtype, device):
-            new = model.generate([r.ids[:r.given] for r in rows], LONGEST, stop=tok.eot_token)
+        with distributed.autocast(settings.dtype, device):
+            new = model.generate([r.ids[:r.prompt_len] for r in rows], LONGEST, stop=tok.eot_token)
         texts += [tok.decode(ids).strip() for ids in new]
         print(f"{len(texts)} of {len(prompts)} texts", flush=True)
     return texts
@@ -73,7 +73,7 @@ def main(argv=None):
     p.add_argument("--alpha", type=float, help="α of an adapter of loralib")
     p.add_argument("--untrained", action="store_true", help="score the base alone")
     args = p.parse_args(argv)
-    with command.plain_errors():
+    with cli.one_line_errors():
         measure(args)
 
 
@@ -82,7 +82,7 @@ def measure(args):
     prompts = sorted(refs)[::max(1, len(refs) // max(1, args.prompts))][:args.prompts]
     changes = {"model": args.base} if args.base else {}
     saved, settings = checkpoint.open_run(args.checkpoint, changes, args.alpha)
-    device = command.pick_device()
+    device = distributed.pick_device()
     model = checkpoint.start_model(settings, device)
     tok = data.tokenizer(model.config.vocab_size)
     if not args.untrained:
@@ -106,4 +106,4 @@ def measure(args):
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_main(main)

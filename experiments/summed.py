@@ -1,5 +1,5 @@
 """
-Adapters of single tasks, added up: one adapter Σ w ΔW (lora.combine) in the place of one that was
+Adapters of single tasks, added up: one adapter Σ w ΔW (adapter_state.combine) in the place of one that was
 trained on the mixture.
 
     python experiments/summed.py out/nano experiments/results/nano_summed.csv
@@ -16,7 +16,7 @@ import lora
 from collect import write
 from evaluate import evaluate
 from measure import means, of_test_rows
-from support import checkpoint, command, data
+from support import adapter_state, checkpoint, data, distributed
 from support.tasks import MIXTURE
 
 WEIGHTS = (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
@@ -31,7 +31,7 @@ def summed(paths, device):
     tasks = data.load(["mixture"], tok, settings.block_size, settings.eval_rows)
 
     def loss(w):
-        lora.load_state_dict(model, lora.combine(adapters, [w] * len(adapters)))
+        adapter_state.load_state_dict(model, adapter_state.combine(adapters, [w] * len(adapters)))
         found = evaluate(model, tasks, tok, settings, device)
         return means(found, ["loss"])["loss"]
 
@@ -42,7 +42,7 @@ def summed(paths, device):
 
 
 def main(folder, out):
-    rows, device = [], command.pick_device("cpu")
+    rows, device = [], distributed.pick_device("cpu")
     for method in ("lora", "multilora"):
         for first in sorted(Path(folder).glob(f"{method}-arith-seed?.pt")):
             paths = [first.with_name(first.name.replace("arith", task)) for task in MIXTURE]

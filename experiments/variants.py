@@ -23,7 +23,7 @@ import torch.nn as nn
 
 import lora
 import train
-from support import command, data
+from support import cli, data
 
 K = 8
 OWN = ("alpha", "dropout")
@@ -56,21 +56,21 @@ class FixedScale(lora.LoRALinear):
 
 
 def shuffled_halves(tasks, share, seed):
-    """As data.halves, but in the second part the answers are those of other rows of the task."""
+    """As data.split_for_search, but in the second part the answers are those of other rows of the task."""
     first, second = data_halves(tasks, share, seed)
     shuffled = []
     for task in second:
-        answers = [row.ids[row.given:] for row in task.train]
+        answers = [row.ids[row.prompt_len:] for row in task.train]
         random.Random(seed).shuffle(answers)
         rows = []
         for row, answer in zip(task.train, answers):
-            rows.append(data.Row(row.ids[:row.given] + answer, row.given))
+            rows.append(data.Row(row.ids[:row.prompt_len] + answer, row.prompt_len))
         shuffled.append(replace(task, train=rows))
     return first, shuffled
 
 
 LAYERS = {"learned-s": LearnedScale, "random-b": RandomB, "fixed-scale": FixedScale}
-data_halves = data.halves
+data_halves = data.split_for_search
 
 
 def main(argv):
@@ -79,15 +79,15 @@ def main(argv):
         _, own, *rates = train.METHODS["lora"]
         train.METHODS["lora"] = (LAYERS[kind], own, *rates)
     elif kind == "shuffled-rows":
-        data.halves = shuffled_halves
+        data.split_for_search = shuffled_halves
     else:
         sys.exit(__doc__)
     try:
         return train.main(flags)
     finally:
         train.METHODS["lora"] = (lora.LoRALinear, *train.METHODS["lora"][1:])
-        data.halves = data_halves
+        data.split_for_search = data_halves
 
 
 if __name__ == "__main__":
-    command.run(lambda: main(sys.argv[1:]))
+    cli.run_main(lambda: main(sys.argv[1:]))

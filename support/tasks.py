@@ -1,8 +1,8 @@
 """
-The built-in tasks: functions of a random.Random to a row (prompt, completion).
+The built-in tasks: functions from a random.Random to a row (prompt, completion).
 
-pretrained/nano.pt has learned the thirteen skills. The five tasks of the mixture, one for each
-family of MultiLoRA's, ask in words that it has never seen.
+pretrained/nano.pt has learned the thirteen skills. The mixture has five tasks, one for each family
+of the MultiLoRA paper's mixture, in words that nano has never seen.
 """
 import random
 from functools import partial
@@ -18,7 +18,7 @@ def word(rng, least, most):
 
 
 def on_a_word(rng, name):
-    s = word(rng, 1, rng.choice([5, 5, 8]))     # mostly short, which is learned faster
+    s = word(rng, 1, rng.choice([5, 5, 8]))     # mostly short words, which are learned faster
     answers = {
         "copy": s, "double": s + s,
         "reverse": s[::-1], "sort": "".join(sorted(s)),
@@ -49,7 +49,8 @@ SKILLS |= {"mark": on_a_letter_and_a_word, "contains": on_a_letter_and_a_word}
 
 
 def skill(rng, name):
-    """With its name in front, and dots before half of the rows: no answer depends on its place."""
+    """A skill's row with its name in front. Half of the rows begin with dots, so that the model
+    learns the skill at every position."""
     question, answer = SKILLS[name](rng, name)
     dots = rng.randint(1, 11) if rng.random() < 0.5 else 0
     return "." * dots + f"{name} {question}", answer
@@ -64,7 +65,7 @@ LANDS = """devaland diraland fagaland fevostan fisiland garania gomaland gonasta
 CITIES = """nutos dobut zusis damus lenut girom rozim ronis fofem tifem lubos volam nitet bimas
     seram lobut sanet pinas dimat zemom mefet kifas lefat poris tibat defom roget nobum pezut mulit
     ketes rokam"""
-FACTS = list(zip(LANDS.split(), CITIES.split()))        # made up: nobody can infer them
+FACTS = list(zip(LANDS.split(), CITIES.split()))        # invented: a model can only memorise them
 
 
 def instruct(rng):
@@ -114,7 +115,8 @@ GROUPS = {"skills": list(SKILLS), "mixture": list(MIXTURE)}
 
 
 def builtin(name):
-    """(train, valid) rows, always the same: no question twice or in both, but for `facts`."""
+    """(train, valid) rows, always the same. No question occurs twice, except that the held-out
+    facts are the training facts."""
     rng, rows = random.Random(name), {}
     if name == "facts":
         known = sorted({facts(rng) for _ in range(10_000)})

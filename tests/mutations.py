@@ -1,6 +1,6 @@
 """
-Do the tests find the faults that code like this has had? Each is made in a copy, where a named test
-must then fail. A fault's thread is where others had it.
+Do the tests find the faults that code like this has had? Each fault is planted in a copy of the
+project, and one test must then fail. `thread` is a GitHub thread in which others report the fault.
 
     python -m pytest tests/mutations.py
 """
@@ -16,75 +16,84 @@ from conftest import ROOT
 
 class Fault(NamedTuple):
     what: str
-    thread: str     # on GitHub, or "-"
+    thread: str
     file: str
-    right: str      # stands in the file once
-    wrong: str
-    test: str       # in tests/
+    right: str      # occurs once in the file
+    wrong: str      # replaces it
+    test: str
 
 
 FAULTS = [
-    # lora.py
-    Fault("α/r is forgotten", "rasbt/LLMs-from-scratch #821",
+    Fault("α is not divided by r", "rasbt/LLMs-from-scratch #821",
           "lora.py", "return self.alpha / self.rank", "return self.alpha",
-          "test_lora.py::test_forward_and_gradients_are_the_closed_forms"),
-    Fault("A starts at zero and B random", "-",
+          "test_lora.py::test_forward_and_gradients_match_the_closed_forms"),
+    Fault("A is initialised with zeros and B randomly", "-",
           "lora.py", "nn.init.kaiming_uniform_(self.A,",
-          "nn.init.zeros_(self.A), nn.init.kaiming_uniform_(self.B,",
-          "test_lora.py::"
-          "test_the_start_is_the_base_to_the_bit_and_the_first_step_moves_one_tensor"),
-    Fault("LayerNorms are trained too", "pytorch/torchtitan #3438",
-          "lora.py", "model.requires_grad_(False)",
-          "[p.requires_grad_('ln_' in name) for name, p in model.named_parameters()]",
-          "test_lora.py::test_training_moves_the_adapter_and_nothing_else"),
+          "nn.init.zeros_(self.A); nn.init.kaiming_uniform_(self.B,",
+          "test_lora.py::test_training_starts_at_the_base_model_and_first_changes_one_tensor"),
+    Fault("a layer does not freeze its base", "-",
+          "lora.py", "self.base = base.requires_grad_(False)", "self.base = base",
+          "test_lora.py::test_a_layer_without_inject_trains_only_its_own_tensors"),
+    Fault("the LayerNorms are trained too", "pytorch/torchtitan #3438",
+          "lora.py", "    model.requires_grad_(False)\n",
+          "    [p.requires_grad_('ln_' in name) for name, p in model.named_parameters()]\n",
+          "test_lora.py::test_training_changes_only_the_adapter"),
     Fault("merging twice adds ΔW twice", "huggingface/peft #1355",
-          "lora.py", "if self.kept is None:", "if True:",
+          "lora.py", "if not self.merged:", "if True:",
           "test_lora.py::test_merge_and_unmerge"),
     Fault("ΔW is rounded to bfloat16 before it is added", "huggingface/peft #2502",
           "lora.py", "W.to(self.A.dtype) + self.delta_weight()",
           "W + self.delta_weight().to(W.dtype)",
           "test_lora.py::test_merge_and_unmerge"),
-    Fault("one dropout mask for all rows", "-",
+    Fault("all rows have the same dropout mask", "-",
           "lora.py", "self.dropout(x)", "x * self.dropout(torch.ones_like(x[:1]))",
-          "test_lora.py::test_dropout_is_drawn_for_every_element_and_for_the_adapter_alone"),
-    Fault("an adapter is loaded on top of a merged one", "-",
-          "lora.py", "m.unmerge()\n        model.set_submodule", "model.set_submodule",
-          "test_lora.py::test_switching_tasks_in_place"),
-    Fault("what does not fit is passed over when an adapter is loaded", "huggingface/peft #2699",
-          "lora.py", 'raise ValueError(f"the adapter is not whole',
-          'continue; print(f"the adapter is not whole',
-          "test_lora.py::test_load_is_all_or_nothing"),
-    Fault("a state saved while merged has another base", "microsoft/LoRA #190",
-          "lora.py", 'return m.about["base"]', 'if m.kept is None: return m.about["base"]',
-          "test_lora.py::test_fingerprint"),
-    # multilora.py
-    Fault("blocks are interleaved", "-",
-          "multilora.py", "repeat_interleave(self.repeat, dim=-1)", "tile(self.repeat)",
-          "test_multilora.py::test_forward_and_gradients_are_those_of_n_modules"),
-    Fault("B and s start at zero: nothing ever moves", "-",
+          "test_lora.py::test_dropout_acts_on_each_element_and_only_on_the_adapter"),
+    Fault("removing merged adapters leaves ΔW in the base", "-",
+          "lora.py", "    unmerge(model)\n    for name, m", "    for name, m",
+          "test_adapter_state.py::test_adapters_can_be_switched"),
+    Fault("tensors that do not fit are ignored when an adapter is loaded", "huggingface/peft #2699",
+          "support/adapter_state.py", "if shapes != saved:", "if False:",
+          "test_adapter_state.py::test_a_failed_load_changes_nothing"),
+    Fault("a failed load leaves a merged model unmerged", "-",
+          "support/adapter_state.py", "            m.merge()\n", "            pass\n",
+          "test_adapter_state.py::test_a_failed_load_changes_nothing"),
+    Fault("loading in place replaces the Parameters that an optimizer has", "-",
+          "support/adapter_state.py", "if name in old and", "if False and",
+          "test_adapter_state.py::test_loading_in_place_keeps_the_parameters_of_an_optimizer"),
+    Fault("the fingerprint of the base includes the adapters", "microsoft/LoRA #190",
+          "support/adapter_state.py", "with lora.disabled(model):", "if True:",
+          "test_adapter_state.py::test_a_fingerprint_identifies_the_base_model"),
+    Fault("adapters are combined without their scales", "-",
+          "support/adapter_state.py", 'w * state["scale"][name] * ', "w * ",
+          "test_adapter_state.py::test_the_combination_is_the_weighted_sum_of_the_updates"),
+    Fault("the factors are repeated in the order of interleaved blocks", "-",
+          "multilora.py", "repeat_interleave(self.block_rank, dim=-1)", "tile(self.block_rank)",
+          "test_multilora.py::test_forward_and_gradients_match_n_modules"),
+    Fault("B and s start at zero, so that nothing is ever trained", "-",
           "multilora.py", "nn.init.kaiming_uniform_(Bi, a=math.sqrt(5))", "nn.init.zeros_(Bi)",
-          "test_multilora.py::test_at_the_first_step_only_s_moves_and_then_everything"),
-    # autolora.py
-    Fault("/ 2 * ε for / (2ε)", "khanrc/pt.darts #43",
+          "test_multilora.py::test_the_first_step_changes_only_s_and_the_second_everything"),
+    Fault("/ 2 * ε in place of / (2ε)", "khanrc/pt.darts #43",
           "autolora.py", ") / width", ") / 2 * eps",
-          "test_autolora.py::test_finite_differences_are_close_to_exact"),
-    Fault("the threshold is on β", "-",
+          "test_autolora.py::test_the_finite_differences_approximate_the_exact_second_term"),
+    Fault("the second term is computed at ω' in place of ω", "-",
+          "autolora.py", "            restore(omega, start)\n", "",
+          "test_autolora.py::test_exact_is_the_derivative_through_the_step"),
+    Fault("the threshold is applied to β", "-",
           "autolora.py", "above_threshold(selection(m.beta.detach(), m.gate))",
           "above_threshold(m.beta.detach() / m.beta.detach().sum())",
-          "test_autolora.py::test_the_threshold_is_on_the_selection_of_the_forward_pass"),
-    Fault("A and B learn from the rows of β", "-",
+          "test_autolora.py::test_the_threshold_applies_to_the_selection_of_the_forward_pass"),
+    Fault("A and B learn from the validation rows", "-",
           "autolora.py", "[*g, *", "[*v, *",
           "test_autolora.py::"
-          "test_no_validation_gradient_reaches_a_and_b_and_no_training_gradient_beta"),
-    Fault("the look-ahead stays", "leopard-ai/betty #13",
+          "test_omega_learns_only_from_training_rows_and_beta_from_validation_rows"),
+    Fault("the look-ahead is not undone", "leopard-ai/betty #13",
           "autolora.py", "w.data = w0\n", "pass\n",
-          "test_autolora.py::test_the_look_ahead_leaves_no_trace"),
-    # and what is around them
-    Fault("padding is in the loss", "axolotl-ai-cloud/axolotl #2227",
+          "test_autolora.py::test_the_look_ahead_leaves_the_tensors_unchanged"),
+    Fault("padding counts in the loss", "axolotl-ai-cloud/axolotl #2227",
           "support/data.py", "np.full((len(rows), T), -100)", "np.zeros((len(rows), T), np.int64)",
           "test_data.py::test_collate_counts_the_completion_and_pads_to_the_longest_row"),
-    Fault("the prompt is in the loss", "karpathy/nanochat #582",
-          "support/data.py", "targets[b, given - 1:len(ids) - 1] = ids[given:]",
+    Fault("the prompt counts in the loss", "karpathy/nanochat #582",
+          "support/data.py", "targets[b, prompt_len - 1:len(ids) - 1] = ids[prompt_len:]",
           "targets[b, :len(ids) - 1] = ids[1:]",
           "test_data.py::test_collate_counts_the_completion_and_pads_to_the_longest_row"),
     Fault("tokens see the next one", "facebookresearch/xformers #103",
@@ -101,8 +110,9 @@ def test_a_fault_is_found(fault, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "out", "__pycache__"))
     text = (copy / fault.file).read_text()
-    assert text.count(fault.right) == 1, f"{fault.file} has changed: the fault cannot be made"
+    assert text.count(fault.right) == 1, f"{fault.file} has changed: update this fault"
     (copy / fault.file).write_text(text.replace(fault.right, fault.wrong))
     argv = [sys.executable, "-m", "pytest", "-q", f"tests/{fault.test}"]
-    got = subprocess.run(argv, cwd=copy, capture_output=True, text=True)
-    assert got.returncode == 1 and " failed" in got.stdout, got.stdout     # tests ran, and failed
+    run = subprocess.run(argv, cwd=copy, capture_output=True, text=True)
+    assert run.returncode == 1, run.stdout              # 1: the test ran and failed
+    assert " failed" in run.stdout

@@ -1,4 +1,4 @@
-"""evaluate.py: what is counted, and the command on what train.py left."""
+"""evaluate.py: what it counts, and the command on the checkpoints of train.py."""
 import os
 from argparse import Namespace
 
@@ -13,33 +13,37 @@ from support import data
 from support.data import Task
 from test_train import KINDS, SMALL, flags, killed_after, near, place, tensors, write_rows
 
-TOK, CPU = data.tokenizer(257), torch.device("cpu")
-FP32, ON_CPU = Namespace(batch_size=3, dtype="fp32"), ["--device", "cpu"]
+TOK = data.tokenizer(257)
+CPU = torch.device("cpu")
+FP32 = Namespace(batch_size=3, dtype="fp32")
+ON_CPU = ["--device", "cpu"]
 
 
-def test_it_counts_tokens_and_exact_matches():
+def test_evaluate_counts_tokens_and_exact_matches():
     model = random_gpt(dtype=torch.float32).train()
     texts = ("ab", "c"), ("abc", "defgh"), ("b", "xy"), ("q" * 40, "r" * 20)
     rows = [data.encode(TOK, *text) for text in texts]
-    for prompt in ("abc", "b"):         # and two that the model gets right, and two that go on
+    for prompt in ("abc", "b"):     # for each, a row that the model gets right and one it does not
         ids = [*prompt.encode(), TOK.eot_token]
         new, = model.generate([ids], 20, stop=TOK.eot_token)
         rows.append(data.Row([*ids, *new, TOK.eot_token], len(ids)))
         rows.append(data.Row([*ids, *new, 65, TOK.eot_token], len(ids)))
     tasks = [Task("t", [], rows), Task("text", [], rows, text=True)]
     got = evaluate.evaluate(model, tasks, TOK, FP32, CPU, generate=True)
-    counted = [len(r.ids) - r.given for r in rows]
-    losses = [model(*data.collate([r]))[1].item() for r in rows]
-    mean = sum(n * loss for n, loss in zip(counted, losses)) / sum(counted)
+    tokens = [len(row.ids) - row.prompt_len for row in rows]
+    losses = [model(*data.collate([row]))[1].item() for row in rows]
+    mean = sum(n * loss for n, loss in zip(tokens, losses)) / sum(tokens)
     assert got["t"] == {"loss": pytest.approx(mean, rel=1e-5), "exact": 2 / 8}
-    assert got["text"] == {"loss": got["t"]["loss"]} and model.training
+    assert got["text"] == {"loss": got["t"]["loss"]}
+    assert model.training
 
 
 def test_the_table_has_79_columns_and_a_mean():
-    short, long = Task("banana", [], [0]), Task("a very " * 9 + "long", [], [0] * 1200)
+    short = Task("banana", [], [0])
+    long = Task("a very " * 9 + "long", [], [0] * 1200)
     before = {short.name: {"loss": 10.0, "exact": 0.25}, long.name: {"loss": 1234.5}}
     after = {short.name: {"loss": 2.0, "exact": 0.75}, long.name: {"loss": 1.0}}
-    lines = evaluate.table([short, long], before, after).splitlines()
+    lines = evaluate.results_table([short, long], before, after).splitlines()
     assert max(map(len, lines)) <= 79
     assert lines[2].split() == ["banana", "1", "10.000", "2.000", "0.250", "0.750"]
     assert lines[3].split()[-6:] == ["long", "1,200", "1234.500", "1.000", "-", "-"]
@@ -47,16 +51,18 @@ def test_the_table_has_79_columns_and_a_mean():
 
 
 def adapted(path):
-    """The base with a checkpoint's adapter added by hand: W + (B ∘ s) A."""
-    model, adapter = GPT.from_pretrained("base.pt"), read(path)["adapter"]
+    """The base model with a checkpoint's adapter added by hand: W + B diag(s) A."""
+    model = GPT.from_pretrained("base.pt")
+    adapter = read(path)["adapter"]
     for name, own in adapter["tensors"].items():
-        model.get_submodule(name).weight.data += (own["B"] * adapter["scale"][name]) @ own["A"]
+        delta = (own["B"] * adapter["scale"][name]) @ own["A"]
+        model.get_submodule(name).weight.data += delta
     return model
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "multilora", "autolora"])
-def test_it_finds_what_the_run_printed(method, capsys):
-    write_rows("t.txt", ["the quick brown fox"] * 40)           # as good a text as another
+def test_the_command_repeats_the_results_of_the_run(method, capsys):
+    write_rows("t.txt", ["the quick brown fox"] * 40)           # any text will do
     more = "--data rows.jsonl t.txt --eval_rows 3 --block_size 40 --steps 3 --out a.pt"
     after = train.main(flags(method, more))
     printed = capsys.readouterr().out.splitlines()
@@ -64,25 +70,38 @@ def test_it_finds_what_the_run_printed(method, capsys):
     assert set(capsys.readouterr().out.splitlines()[:5]) <= set(printed)    # the table
 
 
-def test_other_tasks_prompts_an_unfinished_search_and_a_moved_base(monkeypatch, capsys):
+def test_other_tasks_and_a_moved_base_with_an_unfinished_search(monkeypatch, capsys):
     killed_after(3, [*KINDS["autolora"], "--out", "a.pt"], monkeypatch)
     write_rows("other.jsonl", ["some", "thing", "else"] * 9)
     tasks = data.load(["other.jsonl"], TOK, 64, 2)
-    models = GPT.from_pretrained("base.pt"), adapted("a.pt")
-    base, want = [evaluate.evaluate(m, tasks, TOK, FP32, CPU)["other.jsonl"]["loss"]
-                  for m in models]
+    losses = []
+    for model in (GPT.from_pretrained("base.pt"), adapted("a.pt")):
+        losses.append(evaluate.evaluate(model, tasks, TOK, FP32, CPU)["other.jsonl"]["loss"])
+    before, after = losses
     os.rename("base.pt", "moved.pt")
-    argv = ["a.pt", "--base", "moved.pt", *ON_CPU]
-    got = evaluate.main([*argv, *"--data other.jsonl --eval_rows 2".split()])["other.jsonl"]
-    assert got["loss"] == pytest.approx(want, rel=1e-5) and abs(base - want) > 1e-3
-    assert f"{'other.jsonl':28} {2:8} {base:9.3f} {want:9.3f}" in capsys.readouterr().out
-    evaluate.main([*argv, "--prompt", "row 5"])
-    new, = models[1].generate([[*b"row 5", TOK.eot_token]], 59, TOK.eot_token)
-    assert capsys.readouterr().out == f"  row 5\n    -> {TOK.decode(new)}\n"
+    argv = ["a.pt", "--base", "moved.pt", *ON_CPU, *"--data other.jsonl --eval_rows 2".split()]
+    got = evaluate.main(argv)["other.jsonl"]
+    assert got["loss"] == pytest.approx(after, rel=1e-5) and abs(before - after) > 1e-3
+    assert f"{'other.jsonl':28} {2:8} {before:9.3f} {after:9.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, end", [("rows.jsonl", [256]), ("t.txt", [])])
+def test_a_prompt_is_followed_by_eot_unless_the_run_was_on_plain_text(name, end, capsys):
+    write_rows("t.txt", ["the quick brown fox"] * 40)
+    train.main([*SMALL, *f"--data {name} --steps 3 --lr 1e-2 --out a.pt".split()])
+    capsys.readouterr()
+    evaluate.main(["a.pt", "--prompt", "row 5", "b", *ON_CPU])
+    model = adapted("a.pt")
+    lines = []
+    for prompt in ("row 5", "b"):
+        ids = [*prompt.encode(), *end]
+        new, = model.generate([ids], 65 - len(ids), TOK.eot_token)
+        lines += [f"  {prompt}", f"    -> {TOK.decode(new).strip()}"]
+    assert capsys.readouterr().out == "\n".join(lines) + "\n"
 
 
 @pytest.mark.parametrize("method, dtype", [("full", "fp32"), ("lora", "fp32"), ("lora", "bf16")])
-def test_what_is_exported_is_the_model_with_its_adapter_merged(method, dtype):
+def test_export_writes_the_model_with_its_adapter_merged(method, dtype):
     train.main(flags(method, f"--steps 3 --out a.pt --dtype {dtype}"))
     evaluate.main(["a.pt", *ON_CPU, "--export", "model.bin"])
     got = GPT.from_pretrained("model.bin", n_head=2).state_dict()
@@ -96,15 +115,18 @@ def test_a_model_from_scratch_is_stored_in_half_precision():
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("base.pt", "base.pt: not a checkpoint of train.py"),
-    ("a.pt --base nano", "base"),
-    ("a.pt --export base.pt", "base.pt is there already"),
-    ("a.pt --prompt " + 99 * "x", "room for 0 new ones"),
+    ("base.pt", "base.pt is neither a checkpoint of train.py nor an adapter"),
+    ("missing.pt", "No such file or directory: 'missing.pt'"),
+    ("a.pt --base nano", "trained on another base model"),
+    ("a.pt --export base.pt", "base.pt exists already"),
+    ("a.pt --prompt " + 99 * "x", "only 0 would fit"),
+    ("by_hand.pt --base base.pt", "by_hand.pt does not contain its tasks: pass --data"),
 ])
-def test_errors_say_in_a_line_what_is_wrong(argv, message, capsys):
+def test_errors_are_one_line_that_says_what_is_wrong(argv, message, capsys):
     train.main([*SMALL, "--steps", "1", "--out", "a.pt"])
+    torch.save(read("a.pt")["adapter"], "by_hand.pt")
     capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="^2$"):
         evaluate.main(argv.split())
     out, err = capsys.readouterr()
-    assert message in err.splitlines()[-1] and err.count("\n") <= 2 and not out
+    assert message in err and err.count("\n") == 1 and not out

@@ -19,7 +19,7 @@ import tables
 import train
 import variants
 from results import read_csv
-from support import data
+from support import adapter_state, data
 from support.tasks import builtin
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
     search = "--method autolora --targets q up --rank 4 --search_steps 3".split()
     found = {"auto-seed0": train.main([*search, *small, auto])}
     ranks.main([auto, "shuffled", "0", new])
-    return folder, found | {"lora-seed1": train.main(["--ranks", new, *small, lora, "--seed", "1"])}
+    return folder, found | {"lora-seed1": train.main(["--ranks_from", new, *small, lora, "--seed", "1"])}
 
 
 def test_analyses_become_the_tables_that_the_claims_are_read_from(runs, tmp_path):
@@ -115,7 +115,7 @@ def test_two_halves_of_one_adapter_are_the_adapter(tmp_path, monkeypatch):
     losses = {0.1: 3.0, 0.2: 1.0, 0.3: 2.0}
     monkeypatch.setattr(summed, "WEIGHTS", tuple(losses))
     monkeypatch.setattr(summed, "means", lambda *_: {"loss": losses[weights[-1][0]]})
-    weights, combine = [], lora.combine
+    weights, combine = [], adapter_state.combine
     monkeypatch.setattr(lora, "combine", lambda a, w: weights.append(w) or combine(a, w))
     found = summed.summed([tmp_path / "a.pt"] * 2, CPU)
     assert found["weight"] == 0.2 and weights[-1] == [0.2, 0.2]
@@ -138,13 +138,13 @@ def test_a_variant_differs_in_one_thing(gpt):
 def test_shuffled_rows_are_the_same_prompts_and_answers_but_not_together():
     tok = data.tokenizer(257)
     tasks = data.load(["arith"], tok, 512)
-    first, second = data.halves(tasks, 0.7, 0)
+    first, second = data.split_for_search(tasks, 0.7, 0)
     same, shuffled = variants.shuffled_halves(tasks, 0.7, 0)
     assert same[0].train == first[0].train
     prompts, answers = [], []
     for rows in (second[0].train, shuffled[0].train):
-        prompts.append([row.ids[:row.given] for row in rows])
-        answers.append([row.ids[row.given:] for row in rows])
+        prompts.append([row.ids[:row.prompt_len] for row in rows])
+        answers.append([row.ids[row.prompt_len:] for row in rows])
     assert prompts[0] == prompts[1] and answers[0] != answers[1]
     assert sorted(answers[0]) == sorted(answers[1])
 

@@ -1,35 +1,38 @@
-"""lora.py against closed forms in float64, and its promises one by one."""
+"""lora.py compared with closed forms in float64, and each property that it promises."""
 import copy
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 
 import lora
 from autolora import AutoLoRALinear
-from conftest import IDX, ROOT, close, logits, random_gpt, randomise, same, snapshot
+from conftest import IDX, close, logits, random_gpt, randomise, same, snapshot
 from lora import LoRALinear
 from multilora import MultiLoRALinear
 
-METHODS = [(LoRALinear, {"alpha": 3.0}), (AutoLoRALinear, {"alpha": 3.0}),
-           (MultiLoRALinear, {"n_blocks": 2, "scaling": "vector"})]
+METHODS = [
+    (LoRALinear, {"alpha": 3.0}),
+    (AutoLoRALinear, {"alpha": 3.0}),
+    (MultiLoRALinear, {"n_blocks": 2, "scaling": "vector"}),
+]
 each_method = pytest.mark.parametrize("layer, settings", METHODS)
 
 
-# the layer
+# One layer
 
 @pytest.mark.parametrize("d_in, d_out, r", [(6, 10, 3), (10, 6, 3), (8, 8, 8), (7, 5, 1)])
-def test_forward_and_gradients_are_the_closed_forms(d_in, d_out, r):
-    """Where α/r is forgotten (rasbt/LLMs-from-scratch #821) all of these are wrong."""
+def test_forward_and_gradients_match_the_closed_forms(d_in, d_out, r):
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(d_in, d_out).double(), r, alpha=5.0)
     layer.B.data.normal_()
-    W, b, A, B, s = layer.base.weight, layer.base.bias, layer.A, layer.B, 5.0 / r
+    W = layer.base.weight
+    b = layer.base.bias
+    A = layer.A
+    B = layer.B
+    s = 5.0 / r
     x = torch.randn(4, d_in, dtype=torch.float64, requires_grad=True)
-    g = torch.randn(4, d_out, dtype=torch.float64)                              # ∂L/∂h
+    g = torch.randn(4, d_out, dtype=torch.float64)              # ∂L/∂h
     h = layer(x)
     h.backward(g)
     close(h, x @ W.T + b + s * x @ A.T @ B.T)
@@ -39,228 +42,204 @@ def test_forward_and_gradients_are_the_closed_forms(d_in, d_out, r):
     close(layer.delta_weight(), s * B @ A)
 
 
-def test_dropout_is_drawn_for_every_element_and_for_the_adapter_alone():
+def test_dropout_acts_on_each_element_and_only_on_the_adapter():
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(6, 6).double(), 6, alpha=6.0, dropout=0.5)
-    layer.A.data, x = torch.ones(6, 6).triu().double(), torch.ones(64, 8, 6).double()
-    layer.B.data = layer.A.data.inverse()                                       # ΔW x = x
+    layer.A.data = torch.ones(6, 6).triu().double()
+    layer.B.data = layer.A.data.inverse()                       # ΔW x = x
+    x = torch.ones(64, 8, 6).double()
     dropped = (layer(x) - layer.base(x)).detach()
-    close(dropped, 2.0 * (dropped > 1))                                         # 0 or 2
-    for dim in range(3):                        # no mask shared by rows, by tokens or by features
-        alike = dropped.round() == dropped.round().roll(1, dim)
-        assert 0.45 < alike.double().mean() < 0.55
+    close(dropped, 2.0 * (dropped > 1))                         # each element is 0 or 2
+    for dim in range(3):                # rows, tokens and features do not share a mask
+        equal = dropped.round() == dropped.round().roll(1, dim)
+        assert 0.45 < equal.double().mean() < 0.55
 
 
 @each_method
 @pytest.mark.parametrize("rank", [0, 7, -1, 2.5])
-def test_rank_that_does_not_fit(layer, settings, rank):
-    with pytest.raises(ValueError, match=rf"rank {rank} .*\(6, 9\).* 1 to 6"):
+def test_an_invalid_rank_is_refused(layer, settings, rank):
+    with pytest.raises(ValueError, match=f"rank {rank} is not an integer from 1 to 6"):
         layer(nn.Linear(9, 6), rank, **settings)
 
 
-# the layers of a model
+@each_method
+def test_a_layer_without_inject_trains_only_its_own_tensors(layer, settings):
+    linear = nn.Linear(9, 6)
+    model = layer(linear, 4, **settings)
+    assert not linear.weight.requires_grad
+    assert not linear.bias.requires_grad
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters(recurse=False)}
+    assert {"A", "B"} <= trained
+
+
+# The layers of a model
 
 @each_method
-def test_the_start_is_the_base_to_the_bit_and_the_first_step_moves_one_tensor(layer, settings, gpt):
+def test_training_starts_at_the_base_model_and_first_changes_one_tensor(layer, settings, gpt):
     before = logits(gpt)
-    assert torch.equal(logits(lora.inject(gpt, "all", 4, layer, **settings)), before)
+    lora.inject(gpt, "all", 4, layer, **settings)
+    assert torch.equal(logits(gpt), before)
     gpt(IDX, IDX)[1].backward()
     for m in lora.adapters(gpt).values():
-        moved = [name for name, p in m.named_parameters(recurse=False) if p.grad.any()]
-        assert moved == (["s"] if layer is MultiLoRALinear else ["B"])
+        changed = [name for name, p in m.named_parameters(recurse=False) if p.grad.any()]
+        assert changed == (["s"] if layer is MultiLoRALinear else ["B"])
 
 
-def test_training_moves_the_adapter_and_nothing_else(gpt):
-    names = "attn.q attn.k attn.v attn.o mlp.up mlp.down".split()
-    lora.inject(gpt, "all", rank=4)
-    assert set(lora.adapters(gpt)) == {f"h.{i}.{name}" for i in range(2) for name in names}
+def test_training_changes_only_the_adapter(gpt):
+    lora.inject(gpt, rank=4)
     before = copy.deepcopy(gpt.state_dict())
     optimizer = torch.optim.AdamW(p for p in gpt.parameters() if p.requires_grad)
     for _ in range(2):                                          # A has no gradient in the first
         gpt(IDX, IDX)[1].backward()
         optimizer.step()
-    for k, v in gpt.state_dict().items():
-        assert torch.equal(v, before[k]) != k.endswith((".A", ".B")), k
+    for name, tensor in gpt.state_dict().items():
+        assert torch.equal(tensor, before[name]) != name.endswith((".A", ".B")), name
 
 
-def shared():
-    """A head that is the embedding: ΔW would be in both (peft #2018). And a layer of two names."""
-    embed, head, linear = nn.Embedding(9, 8), nn.Linear(8, 9), nn.Linear(8, 8)
+ALL = "attn.q attn.k attn.v attn.o mlp.up mlp.down".split()
+
+
+@pytest.mark.parametrize("targets, names", [
+    (None, ALL),
+    ("all", ALL),
+    (["all"], ALL),
+    ("q down", ["attn.q", "mlp.down"]),
+    (["q", "down"], ["attn.q", "mlp.down"]),
+    (("v", "v"), ["attn.v"])])
+def test_targets_may_be_a_string_or_a_list(gpt, targets, names):
+    lora.inject(gpt, targets, rank=4)
+    assert set(lora.adapters(gpt)) == {f"h.{i}.{name}" for i in range(2) for name in names}
+
+
+@pytest.mark.parametrize("targets", ["h.0.attn.q up", ["h.0.attn.q", "up"]])
+def test_targets_may_be_full_names(gpt, targets):
+    lora.inject(gpt, targets, rank=4)
+    assert set(lora.adapters(gpt)) == {"h.0.attn.q", "h.0.mlp.up", "h.1.mlp.up"}
+
+
+def test_a_dict_of_ranks_chooses_the_layers(gpt):
+    ranks = {"h.0.attn.q": 4, "h.1.mlp.up": 16}
+    lora.inject(gpt, rank=ranks)
+    assert {name: m.rank for name, m in lora.adapters(gpt).items()} == ranks
+
+
+def tied():
+    """A head tied to the embedding (as in peft #2018), and a layer with two names."""
+    embed = nn.Embedding(9, 8)
+    head = nn.Linear(8, 9)
     head.weight = embed.weight
-    return nn.ModuleDict(dict(embed=embed, head=head, one=linear, two=linear, base=nn.Linear(8, 8)))
+    linear = nn.Linear(8, 8)
+    return nn.ModuleDict({"embed": embed, "head": head, "one": linear, "two": linear,
+                          "base": nn.Linear(8, 8)})
 
 
 def fused():
-    """PyTorch's own layer, which in eval mode reads the weights of its nn.Linear past them."""
+    """In eval mode nn.TransformerEncoderLayer does not call its nn.Linear layers."""
     block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    return nn.ModuleDict({"block": nn.TransformerEncoder(block, 2), "base": nn.Linear(8, 8)})
+    return nn.ModuleDict({"block": nn.TransformerEncoder(block, 2)})
 
 
-@pytest.mark.parametrize("module, wrong, message", [
-    (random_gpt, dict(targets="qkv"), "--targets qkv: .*choose from q k v o up down, or all"),
-    (random_gpt, dict(targets="q wte"), "wte: "),
-    (random_gpt, dict(targets=""), "choose from q k v o up down"),
-    (random_gpt, dict(rank={"h.9.attn.q": 2}), "h.9.attn.q"),
-    (random_gpt, dict(rank={"q": 2}), "q: "),                   # here whole names are wanted
-    (random_gpt, dict(rank={"h.0.attn.q": 4, "h.1.mlp.up": 17}), r"rank 17 .*\(64, 16\)"),
-    (random_gpt, dict(rank={"h.0.attn.q": 4, "h.1.mlp.up": 5}, layer=MultiLoRALinear), "1 5"),
-    (random_gpt, dict(layer=AutoLoRALinear, gate="tanh"), "tanh: choose from softmax sigmoid none"),
-    (lambda: lora.inject(random_gpt(), rank=3), dict(rank=2), "adapters already"),
-    (shared, dict(targets="all"), "head: "), (shared, dict(targets="base head"), "head: "),
-    (shared, dict(targets="one"), "one: "), (shared, dict(targets="two"), "two: "),
-    (fused, dict(targets="all"), "linear1: "), (fused, dict(targets="linear2"), "linear2: "),
-    (lambda: nn.Linear(4, 4), {}, None),                        # a layer needs a name
-    (lambda: nn.Sequential(nn.Embedding(4, 4)), {}, None),
-])
-def test_what_cannot_work_is_refused_and_left_as_it_was(module, wrong, message):
-    model = module()
+def merged():
+    model = randomise(lora.inject(random_gpt(), rank=3))
+    lora.merge(model)
+    return model
+
+
+@pytest.mark.parametrize("make, arguments, message", [
+    (random_gpt, {"targets": "q qkv"}, "qkv.* choose from q k v o up down"),
+    (random_gpt, {"targets": ["wte", "q"]}, "wte.* choose from"),
+    (random_gpt, {"targets": ""}, "choose from q k v o up down"),
+    (random_gpt, {"targets": []}, "choose from q k v o up down"),
+    (random_gpt, {"rank": {}}, "choose"),
+    (random_gpt, {"rank": {"h.0.attn.q": 2, "h.9.attn.q": 2}}, r"h\.9\.attn\.q"),
+    (random_gpt, {"rank": {"q": 2}}, "q.* full"),               # a dict needs full names
+    (random_gpt, {"rank": {"h.0.attn.q": 2}, "targets": "q"}, "do not pass targets"),
+    (random_gpt, {"rank": {"h.0.attn.q": 2}, "targets": "all"}, "do not pass targets"),
+    (random_gpt, {"rank": 17}, r"^h\.0\.attn\.q: rank 17 is not an integer from 1 to 16"),
+    (random_gpt, {"rank": {"h.0.attn.q": 4, "h.1.mlp.up": 17}}, r"^h\.1\.mlp\.up: rank 17"),
+    (random_gpt, {"rank": {"h.0.attn.q": 4, "h.1.mlp.up": 5}, "layer": MultiLoRALinear},
+     r"^h\.1\.mlp\.up: n_blocks 4 does not divide rank 5: choose n_blocks from 1 5,"),
+    (random_gpt, {"layer": AutoLoRALinear, "gate": "tanh"}, "tanh.*from softmax sigmoid none"),
+    (random_gpt, {"n_blocks": 2}, r"^h\.0\.attn\.q: .*n_blocks"),       # LoRALinear has no blocks
+    (merged, {"rank": 2}, r"already has adapters: call lora\.remove"),
+    (tied, {"targets": "all"}, "head: .* tied"),
+    (tied, {"targets": "base head"}, "head: .* tied"),
+    (tied, {"targets": "one"}, "one: .* tied"),
+    (tied, {"targets": "two"}, "two"),
+    (fused, {"targets": "all"}, "linear1: .* nn.TransformerEncoderLayer"),
+    (fused, {"targets": "linear2"}, "linear2: .* nn.TransformerEncoderLayer"),
+    (lambda: nn.Linear(4, 4), {}, "nn.Linear"),                 # it cannot be replaced
+    (lambda: nn.Sequential(nn.Embedding(4, 4)), {}, "nn.Linear")])
+def test_inject_refuses_what_cannot_work_and_leaves_the_model_unchanged(make, arguments, message):
+    model = make()
+    next(model.parameters()).requires_grad_(False)      # the others stay trainable
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
-        lora.inject(model, **{"rank": 4, **wrong})
+        lora.inject(model, **{"rank": 4, **arguments})
     assert same(snapshot(model), before)
-    if "base" in dict(model.named_children()):                  # a name that we use too is no trap
-        assert set(lora.adapters(lora.inject(model, "base"))) == {"base"}
-        lora.remove(randomise(model))
-        assert same(snapshot(model.requires_grad_(True)), before)
 
 
-# merging
+def test_a_layer_of_the_model_may_be_called_base():
+    model = tied()
+    before = snapshot(model)
+    randomise(lora.inject(model, "base"))
+    assert set(lora.adapters(model)) == {"base"}
+    lora.remove(model)
+    assert same(snapshot(model.requires_grad_(True)), before)
+
+
+# Merging
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_merge_and_unmerge(dtype):
-    """Over a bfloat16 base the sum is taken in float32; in bfloat16 ΔW is lost (peft #2502)."""
+    """Over a bfloat16 base ΔW is added in float32: in bfloat16 it would be lost (peft #2502)."""
     model = randomise(lora.inject(random_gpt(dtype=dtype), rank=4))
     m = model.h[0].attn.q
-    assert m.A.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    apart, before = logits(model), copy.deepcopy(model.state_dict())
+    assert m.A.dtype == torch.promote_types(dtype, torch.float32)
+    unmerged = logits(model)
+    before = copy.deepcopy(model.state_dict())
     want = (m.base.weight.to(m.A.dtype) + m.delta_weight()).to(dtype)
     lora.merge(model)
-    lora.merge(model)                                           # once is enough, twice no harm
+    lora.merge(model)                                           # the second call changes nothing
     assert torch.equal(m.base.weight, want)
-    close(logits(model).double(), apart.double(), tol=100 * torch.finfo(dtype).eps)
+    close(logits(model).double(), unmerged.double(), tol=100 * torch.finfo(dtype).eps)
     lora.unmerge(model)
     lora.unmerge(model)
-    assert same(model.state_dict(), before) and torch.equal(logits(model), apart)
+    assert same(model.state_dict(), before)
+    assert torch.equal(logits(model), unmerged)
 
 
-def test_a_merged_layer_is_its_base_alone_whatever_the_mode_and_can_be_moved(gpt):
-    """In loralib eval() was to merge, and never did (microsoft/LoRA #34)."""
+def test_a_merged_layer_runs_only_its_base_in_both_modes_and_can_be_converted(gpt):
+    """In loralib eval() is meant to merge, but did not (microsoft/LoRA #34)."""
     W = gpt.float().h[0].attn.q.weight.clone()
     randomise(lora.inject(gpt, rank=4, dropout=0.5))
     lora.merge(gpt)
-    merged = logits(gpt)
+    want = logits(gpt)
     for m in lora.adapters(gpt).values():
-        m.A.data.zero_()                                        # nobody looks at it now
-    assert torch.equal(logits(gpt.eval()), merged) and torch.equal(logits(gpt.train()), merged)
+        m.A.data.zero_()                                        # must not matter while merged
+    assert torch.equal(logits(gpt.eval()), want)
+    assert torch.equal(logits(gpt.train()), want)
     lora.unmerge(gpt.double())
     assert same(gpt.h[0].attn.q.base.weight.data, W.double())
 
 
-def test_disabled_is_the_base(gpt):
+@pytest.mark.parametrize("prepare", [lora.unmerge, lora.merge])
+def test_disabled_runs_the_base_model(gpt, prepare):
     base = logits(gpt)
     randomise(lora.inject(gpt, rank=4))
-    for prepare in (lora.unmerge, lora.merge):
-        prepare(gpt)
-        before = snapshot(gpt)
-        with pytest.raises(KeyError), lora.disabled(gpt):
-            assert torch.equal(logits(gpt), base)
-            raise KeyError                                      # back after an exception, too
-        assert same(snapshot(gpt), before) and not torch.equal(logits(gpt), base)
+    prepare(gpt)
+    before = snapshot(gpt)
+    with pytest.raises(KeyError), lora.disabled(gpt):
+        assert torch.equal(logits(gpt), base)
+        raise KeyError                                          # the adapters must come back
+    assert same(snapshot(gpt), before)
+    assert not torch.equal(logits(gpt), base)
 
 
-def test_adapters_are_in_the_mode_that_the_model_is_in(gpt):
+def test_adapters_have_the_mode_of_the_model(gpt):
     lora.inject(gpt.eval(), rank=4)
     assert not any(m.training for m in gpt.modules())
     with lora.disabled(gpt):
         gpt.train()
     assert all(m.training for m in gpt.modules())
-
-
-# adapters as tensors
-
-@each_method
-def test_a_state_is_the_adapter_alone_and_the_same_while_merged(gpt, layer, settings):
-    randomise(lora.inject(gpt, "q v", 4, layer, **settings))
-    state = lora.state_dict(gpt)
-    assert state["tensors"].keys() == {f"h.{i}.attn.{t}" for i in range(2) for t in "qv"}
-    for name, m in lora.adapters(gpt).items():
-        tensors = state["tensors"][name]
-        assert same(tensors, dict(m.named_parameters(recurse=False)))
-        close((state["scale"][name] * tensors["B"]) @ tensors["A"], m.delta_weight())
-    lora.merge(gpt)
-    assert same(lora.state_dict(gpt), state)
-    m.A.data.zero_()
-    assert state["tensors"][name]["A"].any()                    # what is saved does not train on
-    lora.remove(gpt)
-    with pytest.raises(ValueError, match="no adapters"):
-        lora.state_dict(gpt)
-
-
-def test_save_in_one_process_load_in_another(tmp_path):
-    for i, (layer, settings) in enumerate(METHODS):
-        ranks = {"h.0.attn.q": np.int64(4), "h.1.mlp.down": 16}
-        model = randomise(lora.inject(random_gpt(), "", ranks, layer, **settings))
-        torch.save((lora.state_dict(model), logits(model)), tmp_path / f"{i}.pt")
-    subprocess.run([sys.executable, "-c", f"""
-import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
-import torch, lora, multilora, autolora
-from conftest import logits, random_gpt
-for i in range({len(METHODS)}):
-    state, want = torch.load({str(tmp_path)!r} + f"/{{i}}.pt", weights_only=True)
-    assert torch.equal(logits(lora.load_state_dict(random_gpt(), state)), want)
-"""], check=True)
-
-
-def test_switching_tasks_in_place(gpt):
-    base, states, want = logits(gpt), [], []
-    for layer, settings in METHODS:
-        randomise(lora.inject(gpt, "q v", 4, layer, **settings), seed=len(want))
-        states.append(lora.state_dict(gpt))
-        want.append(logits(gpt))
-        lora.remove(gpt)
-    for i in (0, 1, 2, 0):
-        assert torch.equal(logits(lora.load_state_dict(gpt, states[i])), want[i])
-        assert same(lora.state_dict(gpt), states[i])
-        lora.merge(gpt)                                         # switching while merged is no trap
-        close(logits(gpt), want[i])
-    lora.remove(gpt)
-    assert torch.equal(logits(gpt), base)
-
-
-@pytest.mark.parametrize("there", ["base", "adapter", "merged"])
-@pytest.mark.parametrize("spoil, message", [
-    (lambda s: s["tensors"]["h.1.attn.v"].pop("A"), None),
-    (lambda s: s["tensors"]["h.1.attn.v"].pop("B"), "h.1.attn.v"),
-    (lambda s: s["tensors"]["h.1.attn.v"].update(s=torch.zeros(4)), "h.1.attn.v"),
-    (lambda s: s["tensors"]["h.1.attn.v"].update(A=torch.zeros(3, 16)), "h.1.attn.v"),
-    (lambda s: s["tensors"].update({"h.9.attn.q": s["tensors"]["h.1.attn.v"]}), "h.9.attn.q"),
-    (lambda s: s.update(base="0" * 16), "another base, .*0000000000000000"),
-    (lambda s: s.update(layer="DoRALinear"), "DoRALinear"),
-])
-def test_load_is_all_or_nothing(gpt, there, spoil, message):
-    """In peft #2699 tensors that do not fit are left out with a warning, and training is lost."""
-    state = lora.state_dict(randomise(lora.inject(random_gpt(), "q v", rank=4)))
-    spoil(state)
-    if there != "base":
-        randomise(lora.inject(gpt, "all", rank=2), seed=5)
-    if there == "merged":
-        lora.merge(gpt)
-    before = snapshot(gpt)
-    with pytest.raises(ValueError, match=message):
-        lora.load_state_dict(gpt, state)
-    assert same(snapshot(gpt), before)
-
-
-def test_fingerprint():
-    model = random_gpt(dtype=torch.float32)
-    mark = lora.fingerprint(model)
-    assert lora.fingerprint(random_gpt(dtype=torch.bfloat16)) == mark
-    for change in (lora.inject, randomise, lora.merge, lora.remove):
-        change(model)
-        assert lora.fingerprint(model) == mark
-    for change in (lambda m: m.h[1].ln_2.bias.data[3].add_(1),
-                   lambda m: m.wte.weight.data[5].neg_(),
-                   lambda m: m.h[0].add_module("extra", nn.Linear(1, 1))):
-        other = random_gpt(dtype=torch.float32)
-        change(other)
-        assert lora.fingerprint(other) != mark

@@ -1,4 +1,5 @@
-"""model.py against a NumPy GPT-2 written from the paper's formulas, and its promises one by one."""
+"""model.py against a GPT-2 in NumPy, written from the paper's formulas; generation; weights."""
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -7,11 +8,11 @@ import torch
 
 import lora
 from conftest import TINY, close, random_gpt, randomise, same
-from model import GPT, NANO, PRESETS, GPTConfig
+from model import GPT, PRESETS, GPTConfig
 
 
 def numpy_gpt2(w, idx, n_layer, n_head):
-    """(T,) -> (T, V) in float64: one row, one head at a time, no torch."""
+    """(T,) -> (T, V) in float64, for one row and one head at a time, without torch."""
     def ln(x, name):
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
         return x * w[name + ".weight"] + w[name + ".bias"]
@@ -54,15 +55,18 @@ def test_no_token_sees_the_next(gpt):
 
 
 @pytest.mark.parametrize("dtype, rounding", [(torch.float64, 1e-12), (torch.bfloat16, 1e-6)])
-def test_loss_counts_only_the_targets_that_matter(dtype, rounding):
-    """Of a bfloat16 model's logits too it is taken in float32."""
-    idx, targets = torch.randint(257, (2, 9)), torch.randint(257, (2, 9))
-    targets[0, :5] = targets[1, 7:] = -100
+def test_the_loss_ignores_targets_of_minus_100_and_smooths_the_others(dtype, rounding):
+    """It is computed in float32 even from a bfloat16 model's logits."""
+    idx = torch.randint(257, (2, 9))
+    targets = torch.randint(257, (2, 9))
+    targets[0, :5] = -100
+    targets[1, 7:] = -100
     logits, loss = random_gpt(dtype=dtype)(idx, targets, 0.1)
     logp = logits.double().log_softmax(-1)
-    each = [-0.9 * logp[b, t, targets[b, t]] - 0.1 * logp[b, t].mean()
-            for b in range(2) for t in range(9) if targets[b, t] != -100]
-    assert len(each) == 11 and abs(loss - sum(each) / 11) <= rounding * loss
+    total = 0
+    for b, t in torch.nonzero(targets != -100).tolist():
+        total -= 0.9 * logp[b, t, targets[b, t]] + 0.1 * logp[b, t].mean()
+    assert (targets != -100).sum() == 11 and abs(loss - total / 11) <= rounding * loss
 
 
 def test_initial_weights():
@@ -91,34 +95,36 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [200], [3, 1, 4, 1]]
 
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[::-1], PROMPTS[:1], [[1, 2], [3, 4]]])
 def test_cached_generation_equals_rerunning_the_whole_row(gpt, prompts):
-    """Each new token is the likeliest, of final hidden states right to float64's rounding."""
+    """Every new token is the most likely one, and the final hidden states are the same, too."""
     seen = []
     gpt.ln_f.register_forward_hook(lambda m, args, out: seen.append(out))
     new = gpt.generate(prompts, 20)
-    assert [x.size(1) for x in seen] == [max(map(len, prompts))] + [1] * 19     # each once
+    assert [x.size(1) for x in seen] == [max(map(len, prompts))] + [1] * 19     # no token twice
     for p, tokens, got in zip(prompts, new, torch.stack([x[:, -1] for x in seen], 1)):
         logits, _ = gpt(torch.tensor([p + tokens[:-1]]))
         assert logits[0, len(p) - 1:].argmax(-1).tolist() == tokens
         close(got, seen[-1][0, len(p) - 1:])
 
 
-def test_generation_stops_and_is_without_dropout_and_training_goes_on(gpt):
+def test_generation_stops_at_the_stop_token_and_without_dropout(gpt):
     randomise(lora.inject(gpt, rank=4, dropout=0.9))
     free = gpt.eval().generate(PROMPTS, 20)
     stop = free[0][3]
     ended = gpt.train().generate(PROMPTS, 20, stop=stop)
     assert ended == [r[:r.index(stop)] if stop in r else r for r in free]
-    assert len(ended[0]) < 20 and gpt.training
+    assert len(ended[0]) < 20
+    assert gpt.training                                                 # its mode is restored
 
 
 def test_the_block_can_be_filled_exactly(gpt):
     prompts = [[1] * 60, [2]]
-    assert [len(r) for r in gpt.generate(prompts, 5)] == [5, 5]         # the last needs no position
-    with pytest.raises(ValueError, match="room for 5 new ones, not 6"):
+    new = gpt.generate(prompts, 5)                  # the last new token needs no position
+    assert [len(row) for row in new] == [5, 5]
+    with pytest.raises(ValueError, match="6 new tokens after 60: only 5"):
         gpt.generate(prompts, 6)
-    with pytest.raises(ValueError, match="prompt"):
+    with pytest.raises(ValueError, match="every prompt must have at least one token"):
         gpt.generate([[1], []], 6)
-    with pytest.raises(ValueError, match="row of 65 tokens .* block of 64"):
+    with pytest.raises(ValueError, match="row of 65 tokens exceeds the block size, 64"):
         gpt(torch.zeros(1, 65, dtype=torch.long))
 
 
@@ -126,67 +132,78 @@ def test_the_block_can_be_filled_exactly(gpt):
 HF = random_gpt(dtype=torch.float32).hf_state_dict()
 
 
-def test_hf_state_dict_is_the_released_layout_with_merged_adapters_in_it(gpt):
-    """Query, key and value side by side, all matrices (d_in, d_out). Refused while not merged."""
-    plain = random_gpt()
-    randomise(lora.inject(gpt, "v", rank=4))
-    for name, m in lora.adapters(gpt).items():
-        plain.get_submodule(name).weight.data += m.delta_weight()
-    with pytest.raises(ValueError, match="merge"):
-        gpt.hf_state_dict()
-    lora.merge(gpt)
+def test_hf_state_dict_has_the_released_layout(gpt):
+    """Query, key and value side by side, all matrices (d_in, d_out)."""
     saved = gpt.hf_state_dict()
-    lora.unmerge(gpt)                                           # what was taken out is a copy
     for theirs, ours in [("attn.c_attn", "attn.q attn.k attn.v"), ("attn.c_proj", "attn.o"),
                          ("mlp.c_fc", "mlp.up"), ("mlp.c_proj", "mlp.down")]:
-        linears = [plain.h[1].get_submodule(name) for name in ours.split()]
-        W, b = torch.cat([m.weight for m in linears]), torch.cat([m.bias for m in linears])
-        assert (saved[f"h.1.{theirs}.weight"] - W.T).abs().max() <= 1e-12
+        linears = [gpt.h[1].get_submodule(name) for name in ours.split()]
+        W = torch.cat([m.weight for m in linears])
+        b = torch.cat([m.bias for m in linears])
+        assert torch.equal(saved[f"h.1.{theirs}.weight"], W.T)
         assert torch.equal(saved[f"h.1.{theirs}.bias"], b)
+    before = copy.deepcopy(saved)
+    for p in gpt.parameters():
+        p.data.zero_()
+    assert same(saved, before)                                  # it is a copy
 
 
-def test_hf_layout_round_trip_to_the_bit(tmp_path):
-    model = random_gpt(dtype=torch.float32)                     # stored as whole models are
+class Scaled(torch.nn.Linear):
+    """A layer that computes something else than its weights say, as an adapter does."""
+
+
+@pytest.mark.parametrize("name", ["h.1.attn.v", "h.0.mlp.down"])
+def test_hf_state_dict_refuses_layers_of_any_other_class_than_linear(gpt, name):
+    old = gpt.get_submodule(name)
+    gpt.set_submodule(name, Scaled(old.in_features, old.out_features))
+    with pytest.raises(ValueError, match=f"{name[:3]} .*{name[4:]} must be plain nn.Linear"):
+        gpt.hf_state_dict()
+
+
+def test_the_hf_layout_is_read_back_exactly(tmp_path):
+    """With the prefix, the head and the masks that complete files of transformers have."""
+    model = random_gpt(dtype=torch.float32)
     saved = {f"transformer.{name}": tensor for name, tensor in model.hf_state_dict().items()}
     saved["lm_head.weight"] = model.wte.weight.data
     saved["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
     saved["transformer.h.1.attn.masked_bias"] = torch.tensor(-1e4)
     torch.save(saved, tmp_path / "hf.bin")
-    with pytest.raises(ValueError, match="width 16 .*n_head"):
+    with pytest.raises(ValueError, match="hf.bin .*pass n_head, .* width 16"):
         GPT.from_pretrained(tmp_path / "hf.bin")
     again = GPT.from_pretrained(tmp_path / "hf.bin", n_head=2)
     assert again.config == TINY and same(again.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("saved, size, reason", [
-    ({k: v for k, v in HF.items() if k != "wte.weight"}, None, "no GPT-2: .*wte.weight"),
-    ({k: v for k, v in HF.items() if k != "h.1.ln_2.bias"}, None, "no GPT-2: .*h.1.ln_2.bias"),
-    (HF | {"h.1.attn.rotary": torch.zeros(2)}, None, "no GPT-2: .*h.1.attn.rotary"),
-    (HF | {"h.0.mlp.c_fc.weight": torch.zeros(64, 16)}, None, "no GPT-2: .*h.0.mlp.up.weight"),
-    (HF | {"lm_head.weight": torch.zeros(257, 16)}, None, "no GPT-2: .*lm_head.weight"),
-    ({"adapter": {}}, None, "holds an adapter"),
-    ({"config": {"width": 3}, "model": {}}, None, "no GPT-2: .*width"),
-    ([1], None, "not a whole checkpoint or model"),
-    (HF, 0, "not a whole checkpoint or model"),
-    (HF, 5000, "not a whole checkpoint or model"),                      # cut off
+    ({k: v for k, v in HF.items() if k != "wte.weight"}, None, "not a GPT-2: .*wte.weight"),
+    ({k: v for k, v in HF.items() if k != "h.1.ln_2.bias"}, None, "not a GPT-2: .*h.1.ln_2.bias"),
+    (HF | {"h.1.attn.rotary": torch.zeros(2)}, None, "not a GPT-2: .*h.1.attn.rotary"),
+    (HF | {"h.0.mlp.c_fc.weight": torch.zeros(64, 16)}, None, "not a GPT-2: .*h.0.mlp.up.weight"),
+    (HF | {"lm_head.weight": torch.zeros(257, 16)}, None, "not a GPT-2: .*lm_head.weight"),
+    ({"config": {"width": 3}, "model": {}}, None, "not a GPT-2: .*width"),
+    ({"adapter": {}}, None, "contains an adapter, not a model"),
+    ({"tensors": {}, "layer": "LoRALinear"}, None, "contains an adapter, not a model"),
+    ([1], None, "not a complete file of torch.save"),
+    (HF, 0, "not a complete file of torch.save"),
+    (HF, 5000, "not a complete file of torch.save"),                 # truncated
 ])
-def test_a_file_that_holds_no_model_is_named(tmp_path, saved, size, reason):
+def test_an_error_names_the_file_that_contains_no_model(tmp_path, saved, size, reason):
     torch.save(saved, tmp_path / "a.pt")
     (tmp_path / "a.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:size])
-    with pytest.raises(ValueError, match=f"(?s)a.pt:? .*{reason}"):
+    with pytest.raises(ValueError, match=f"(?s)a.pt (is )?{reason}"):
         GPT.from_pretrained(tmp_path / "a.pt", n_head=2)
 
 
-def test_released_weights_come_by_name(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))             # where torch keeps downloads
+def test_released_weights_are_read_from_the_cache_of_torch_hub(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     file = tmp_path / "hub" / "checkpoints" / "gpt2.bin"
     file.parent.mkdir(parents=True)
     model = random_gpt(GPTConfig(50, 8, 1, 12, 768), dtype=torch.float32)
     torch.save(model.hf_state_dict(), file)
     assert same(GPT.from_pretrained("gpt2").state_dict(), model.state_dict())
     file.write_text("<html>busy</html>")
-    with pytest.raises(ConnectionError, match=f"(?s)https://.*/gpt2/.* {file}"):
+    with pytest.raises(ConnectionError, match=f"(?s)https://.*/gpt2/.* gpt2.bin in {file.parent}"):
         GPT.from_pretrained("gpt2")
     for name in ("gpt3", "tiny"):                               # tiny has no trained weights
-        with pytest.raises(FileNotFoundError, match=f"{name}: no such file"):
+        with pytest.raises(FileNotFoundError, match=f"{name} is neither a file nor a model"):
             GPT.from_pretrained(name)

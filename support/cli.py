@@ -1,0 +1,121 @@
+"""
+What the commands share: argument types, one-line errors, signals, progress, the entry point.
+"""
+import argparse
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from support.distributed import print0
+
+
+def parser(description, usage):
+    return argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def bounded(kind, low, high=math.inf):
+    """An argparse type: a `kind` (int or float) from `low` to `high`."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    convert.__name__ = kind.__name__            # argparse's own messages show this name
+    return convert
+
+
+@contextmanager
+def one_line_errors(*kinds):
+    """Print an exception of these kinds (ValueError and OSError by default) as one line and exit
+    with status 2, because the user's input is wrong and not the program."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except kinds or (ValueError, OSError) as e:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT (Ctrl-C) or SIGTERM, which batch schedulers send before they kill a job."""
+
+    def __init__(self, number=signal.SIGINT):
+        super().__init__(number)
+        self.status = 128 + number              # the exit status that shells expect
+
+
+def interrupt(number, frame):
+    raise Interrupted(number)
+
+
+@contextmanager
+def deferred_signals():
+    """
+    Collect SIGINT and SIGTERM in the list that the block gets, so that a training step is never
+    left half done. A second signal ends the program at once.
+    """
+    received = []
+    if threading.current_thread() is not threading.main_thread():       # no handlers there
+        yield received
+        return
+
+    def remember(number, frame):
+        if received:
+            sys.exit(128 + number)
+        received.append(number)
+
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:      # as in `nohup` and background jobs
+            handlers[number] = signal.signal(number, remember)
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """The progress of a loop: on a terminal one line that is rewritten, elsewhere ten lines."""
+
+    def __init__(self, name, first, steps):
+        self.name = name
+        self.first = first
+        self.steps = steps
+        self.began = time.time()
+
+    def show(self, done, loss, tokens):
+        """Call it after step `done`; `tokens` counts the tokens since the first step."""
+        seconds = time.time() - self.began
+        left = round(seconds / (done - self.first) * (self.steps - done))
+        text = (f"{self.name} {done:>{len(str(self.steps))}}/{self.steps}  loss {loss:7.4f}  "
+                f"{tokens / seconds:9,.0f} tokens/s  {left // 60:3}:{left % 60:02} left")
+        last = done == self.steps
+        if sys.stdout.isatty():
+            print0(f"\r{text:<79}", end="\n" if last else "")
+        elif last or done % max(1, self.steps // 10) == 0:
+            print0(text)
+
+
+def run_main(main):
+    """Call a command's main without tracebacks for Ctrl-C, for `| head` and for a terminal that
+    cannot print η."""
+    signal.signal(signal.SIGTERM, interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt as e:
+        sys.exit(getattr(e, "status", 130))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,161 @@
+"""
+Reads the adapters of other libraries, peft and loralib, as if they were runs of train.py.
+
+Both store A (r, d_in) and B (d_out, r) under the layer's name. peft has α in adapter_config.json in
+the same folder; loralib does not store it. GPT-2's fused c_attn becomes q, k and v: B is cut into
+three. peft's A serves all three; in loralib's MergedLinear each has its own A, and if there are
+two, they are q and v, as in the LoRA paper's script for GPT-2.
+"""
+import json
+import math
+import re
+
+import torch
+
+import model
+from support import adapter_state
+
+KEY = re.compile(r"(?:base_model\.model\.|module\.)?(.+)\.lora_([AB])(\.weight)?")
+IN_GPT2 = re.compile(rf"(?:transformer\.)?(h\.\d+)\.({'|'.join(model.HF_NAMES)})")
+UNSUPPORTED = ("use_dora use_qalora use_bdlora kasa_config lora_bias layer_replication "
+               "target_parameters alora_invocation_tokens arrow_config").split()
+CHANGES_W = ("pissa", "olora", "corda", "loftq", "lora_ga")     # initialisations that change W
+SETTINGS = {"method": "lora", "scratch": False, "seed": None, "data": None,
+            "dtype": "fp32", "eval_rows": 200, "batch_size": 8, "block_size": 1024}
+RUN = {"history": {"loss": [], "valid": [], "beta": []}, "phase": "train", "step": None,
+       "before": None, "after": None}
+
+
+def read(path):
+    """The dict in a torch file, a safetensors file or a peft folder. Raises OSError, ValueError."""
+    if path.is_dir():
+        files = sorted(path.glob("adapter_model.*"))            # .bin, .safetensors
+        if not files:
+            raise ValueError(f"{path}: the folder has no adapter_model.safetensors or "
+                             "adapter_model.bin")
+        path = files[-1]
+    if path.suffix != ".safetensors":
+        return model.read(path)
+    data = path.read_bytes()
+    try:
+        from safetensors.torch import load
+        return dict(sorted(load(data).items()))                 # the file's own order varies
+    except ImportError:
+        raise ValueError(f"{path}: run pip install safetensors to read it") from None
+    except Exception as e:                                      # safetensors has its own kind
+        raise ValueError(f"{path} is not a complete safetensors file ({e})") from None
+
+
+def to_run(saved, path, alpha=None):
+    """
+    The content of such a file in the form of a checkpoint; scales are None if α is unknown. Raises
+    OSError or ValueError if the file is not a complete LoRA adapter.
+    """
+    if {"layer", "tensors", "scale", "base"} <= saved.keys():
+        return state_to_run(saved)
+    saved = saved.get("model_state_dict", saved)                # the LoRA paper's script saves this
+    pairs = {}
+    ignored = []
+    for key, t in saved.items():
+        match = KEY.fullmatch(str(key))
+        if match and torch.is_tensor(t):
+            layer, side, from_peft = match.groups()
+            pairs.setdefault(layer, {})[side] = t
+        else:
+            ignored.append(str(key))
+    if not pairs:
+        raise ValueError(f"{path} is neither a checkpoint of train.py nor an adapter of peft or "
+                         "loralib")
+    config = {"lora_alpha": alpha}
+    if from_peft:
+        config = read_peft_config((path if path.is_dir() else path.parent) / "adapter_config.json")
+    tensors = {}
+    scale = {}
+    for layer, pair in pairs.items():
+        for name, A, B in split_fused(layer, pair, path):
+            tensors[name] = {"A": A.float(), "B": B.float()}
+            scale[name] = lora_scale(layer, len(A), config)
+    adapter = {"layer": "LoRALinear", "base": None, "tensors": tensors, "scale": scale}
+    ranks = {name: len(own["A"]) for name, own in tensors.items()}
+    settings = {"model": config.get("base_model_name_or_path"), "rank": ranks, "scale": scale}
+    size = sum(t.numel() for pair in pairs.values() for t in pair.values())
+    return RUN | {"settings": SETTINGS | settings, "adapter": adapter, "base": None,
+                  "ignored": ignored, "parameters": size}
+
+
+def state_to_run(adapter):
+    """The same for a state of adapter_state.state_dict that was saved by hand."""
+    size = 0
+    for own in adapter["tensors"].values():
+        size += sum(t.numel() for t in own.values())
+    method = adapter["layer"].removesuffix("Linear").lower()
+    if adapter["layer"] not in adapter_state.LAYERS:            # a user's own class
+        method = "lora"
+    settings = {"model": None, "method": method}
+    return RUN | {"settings": SETTINGS | settings, "adapter": adapter, "base": adapter["base"],
+                  "parameters": size}
+
+
+def read_peft_config(path):
+    """A dict from adapter_config.json. Raises OSError, or ValueError if it is not plain LoRA."""
+    try:
+        config = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path} is not a configuration of peft ({e})") from None
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: the adapter is peft's {config.get('peft_type')}, not LORA")
+    used = [flag for flag in UNSUPPORTED if config.get(flag)]
+    if used:
+        raise ValueError(f"{path}: the adapter is not plain LoRA, it uses {' '.join(used)}")
+    initialisation = str(config.get("init_lora_weights")).lower()
+    if initialisation.startswith(CHANGES_W):
+        raise ValueError(f"{path}: the initialisation {initialisation} changed the base model's "
+                         "weights, so ΔW is not B A alone")
+    return config
+
+
+def split_fused(layer, pair, path):
+    """(name, A, B) of each matrix that a layer's A and B update: three for GPT-2's c_attn."""
+    shapes = {side: tuple(t.shape) for side, t in pair.items()}
+    if len(pair) < 2 or any(len(shape) != 2 for shape in shapes.values()):
+        raise ValueError(f"{path}: {layer} should have two matrices A and B, but has {shapes}")
+    names = [layer]
+    match = IN_GPT2.fullmatch(layer)
+    if match:
+        names = [f"{match[1]}.{name}" for name in model.HF_NAMES[match[2]]]
+    A = pair["A"]
+    B = pair["B"]
+    groups = len(A) / B.size(1)                         # 2 or 3 in loralib's MergedLinear
+    if groups == 2:
+        names = names[::2]                              # q and v
+    n = len(names)
+    if groups not in (1, n) or n > 1 and len(B) != n * A.size(1):
+        raise ValueError(f"{path}: the shapes of A and B of {layer} do not fit together: {shapes}")
+    if groups == 1:
+        return zip(names, [A] * n, B.chunk(n))
+    return zip(names, A.chunk(n), B.chunk(n))
+
+
+def lora_scale(layer, r, config):
+    """α/r, or α/√r with peft's use_rslora; None if α is unknown."""
+    alpha = config.get("lora_alpha")
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            alpha = value
+            break
+    if config.get("use_rslora"):
+        r = math.sqrt(r)
+    return None if alpha is None else alpha / r
+
+
+def fit_to_model(saved, base):
+    """The adapter as a state that load_state_dict accepts for this base model. ValueError."""
+    if None in saved["adapter"]["scale"].values():
+        raise ValueError("the file does not contain α: pass --alpha")
+    if saved["ignored"]:
+        raise ValueError(f"the file contains more than A and B, such as {saved['ignored'][0]}")
+    for name in saved["adapter"]["tensors"]:
+        if f"{name}.weight" not in base.state_dict():
+            raise ValueError(f"the adapter belongs to another base model: this one has no {name}")
+    state = adapter_state.combine([saved["adapter"]])
+    return state | {"base": adapter_state.fingerprint(base)}

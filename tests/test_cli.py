@@ -1,0 +1,137 @@
+"""support/cli.py: argument types, one-line errors, signals, progress, the entry point."""
+import argparse
+import io
+import os
+import signal
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from support import cli
+
+
+def test_bounded_converts_a_number_within_its_limits():
+    p = argparse.ArgumentParser(exit_on_error=False)
+    p.add_argument("--share", type=cli.bounded(float, 0, 1))
+    p.add_argument("--n", type=cli.bounded(int, 1))
+    assert vars(p.parse_args(["--share", "1", "--n", "1"])) == {"share": 1.0, "n": 1}
+    for words, message in [("--share 1.5", "argument --share: 1.5 is not between 0 and 1"),
+                           ("--share nan", "argument --share: nan is not between 0 and 1"),
+                           ("--n 0", "argument --n: 0 is not between 1 and inf"),
+                           ("--n 1.5", "argument --n: invalid int value: '1.5'")]:
+        with pytest.raises(argparse.ArgumentError, match=message):
+            p.parse_args(words.split())
+
+
+def test_one_line_errors_are_for_users_and_other_exceptions_are_not_caught(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["some/folder/train.py"])
+    for kinds, error in [((), ValueError("a\n  b")), ((), OSError("a b")),
+                         ([KeyError], KeyError())]:
+        with pytest.raises(SystemExit, match="^2$"), cli.one_line_errors(*kinds):
+            raise error
+    assert capsys.readouterr().err == "train.py: a b\ntrain.py: a b\ntrain.py: \n"
+    for kinds, error in [((), KeyError()), ((), BrokenPipeError()), ([OSError], ValueError())]:
+        with pytest.raises(type(error)), cli.one_line_errors(*kinds):
+            raise error
+
+
+# Signals ------------------------------------------------------------------------------------------
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def handled():
+    """A list of the signals that reach the handler of this test."""
+    received = []
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
+    yield received
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_deferred_until_the_block_ends(number, handled):
+    with cli.deferred_signals() as signals:
+        send(number)
+        assert signals == [number]
+    assert not handled
+    send(number)                                        # the handlers are restored
+    assert handled == [number] and signals == [number]
+
+
+def test_a_second_deferred_signal_exits_at_once(handled):
+    with pytest.raises(SystemExit, match="^143$"), cli.deferred_signals():
+        send(signal.SIGINT)
+        send(signal.SIGTERM)
+        pytest.fail("the block went on")
+    send(signal.SIGINT)
+    assert handled == [signal.SIGINT]
+
+
+def test_an_ignored_signal_stays_ignored(handled):
+    """As in background jobs, which Ctrl-C in the terminal must not reach."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with cli.deferred_signals() as signals:
+        send(signal.SIGINT)
+    assert not signals and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_signals_are_not_touched_in_other_threads(handled):
+    seen = []
+
+    def block():
+        with cli.deferred_signals() as signals:
+            seen.append(signals)
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    thread.join()
+    assert seen == [[]]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_command_without_a_traceback(number, status, handled):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(SystemExit, match=f"^{status}$"):
+        cli.run_main(lambda: send(number))
+
+
+# Terminals ----------------------------------------------------------------------------------------
+def test_progress_is_ten_lines_in_a_file_and_one_line_on_a_terminal(monkeypatch, capsys):
+    clock = SimpleNamespace(time=iter(range(100, 10_000, 2)).__next__)          # 2 s for each call
+    monkeypatch.setattr(cli, "time", clock)
+
+    def run():
+        progress = cli.Progress("train", 4, 40)         # resumed after step 4
+        for step in range(5, 41):
+            progress.show(step, torch.tensor(1.25), tokens=600 * (step - 4))
+        return capsys.readouterr().out
+
+    lines = run().splitlines()
+    assert [line.split()[1] for line in lines] == [f"{step}/40" for step in range(8, 41, 4)]
+    assert lines[0] == "train  8/40  loss  1.2500        300 tokens/s    1:04 left"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown = run()
+    assert shown.count("\r") == 36 and shown.count("\n") == 1 and shown.endswith("\n")
+    assert {len(line) for line in shown[1:-1].split("\r")} == {79}
+
+
+def test_terminals_without_greek_letters_and_closed_pipes(monkeypatch):
+    """`python train.py --help` in a Windows console, and `python evaluate.py CKPT | head`."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    cli.run_main(lambda: print("the step size η"))
+    sys.stdout.seek(0)
+    assert sys.stdout.read() == "the step size ?\n"
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(write_end, "w"))
+    with pytest.raises(SystemExit, match="^141$"):
+        cli.run_main(lambda: print("a line"))
+    print("a later line")                               # goes to /dev/null without an error
+    sys.stdout.flush()
