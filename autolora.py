@@ -43,10 +43,8 @@ def above_threshold(a):
 
 
 class AutoLoRALinear(lora.LoRALinear):
-    """
-    An nn.Linear plus k = `rank` candidates of rank one; at first every aⱼ is 1/k.
-    Raises ValueError for an unknown gate.
-    """
+    """An nn.Linear plus k = `rank` candidates of rank one; at first every aⱼ is 1/k.
+    Raises ValueError for an unknown gate."""
 
     def __init__(self, base, rank, alpha=16.0, gate="softmax", dropout=0.0):
         super().__init__(base, rank, alpha, dropout)

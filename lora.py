@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 
 class LoRALinear(nn.Module):
@@ -20,6 +21,9 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, rank, alpha=16.0, dropout=0.0):
         super().__init__()
+        if not {"weight", "bias"} <= base._parameters.keys():
+            raise ValueError("weight_norm, spectral_norm, prune or the like computes its weight or "
+                             "bias in every forward pass: remove that first")
         W = base.weight
         d_out, d_in = W.shape
         if rank not in range(1, min(d_out, d_in) + 1):
@@ -28,11 +32,12 @@ class LoRALinear(nn.Module):
         self.rank = int(rank)
         self.alpha = alpha
         self.dropout = nn.Dropout(dropout)
-        self.register_buffer("W_frozen", None, persistent=False)    # W, while the layer is merged
         dtype = torch.promote_types(W.dtype, torch.float32)         # float32 over a bfloat16 base
         self.A = nn.Parameter(W.new_empty(self.rank, d_in, dtype=dtype))
         self.B = nn.Parameter(W.new_zeros(d_out, self.rank, dtype=dtype))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.register_buffer("W_merged", None, persistent=False)    # W + ΔW, while merged
+        self.register_load_state_dict_post_hook(LoRALinear.unmerge)
 
     def scale(self):
         """s: a number here; in the subclasses a tensor (r,) or (d_out, r) that multiplies B."""
@@ -48,28 +53,34 @@ class LoRALinear(nn.Module):
         return Bs @ A
 
     def forward(self, x):
-        if self.merged:                                             # the base has W + ΔW
-            return self.base(x)
+        if self.merged:
+            return nn.functional.linear(x, self.weight, self.base.bias)
         Bs, A = self.factors()
         z = nn.functional.linear(self.dropout(x), A.to(x.dtype))    # (..., d_in) -> (..., r)
         return self.base(x) + nn.functional.linear(z, Bs.to(x.dtype))   # equation 3, (..., d_out)
 
     @property
+    def weight(self):
+        """W + ΔW (d_out, d_in), added in float32. Some models, such as T5, read it directly."""
+        if not self.merged:
+            W = self.base.weight
+            return (W.to(self.A.dtype) + self.delta_weight()).to(W.dtype)
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError("a merged layer does not learn: call unmerge(), or eval() to use it")
+        return self.W_merged
+
+    @property
     def merged(self):
-        return self.W_frozen is not None
+        return self.W_merged is not None
 
     @torch.no_grad()
     def merge(self):
-        """W ← W + ΔW, added in float32. The layer then costs what its base costs. Idempotent."""
-        if not self.merged:
-            W = self.W_frozen = self.base.weight.data
-            self.base.weight.data = (W.to(self.A.dtype) + self.delta_weight()).to(W.dtype)
+        """Compute W + ΔW once, so that the layer costs what its base costs. The base keeps W."""
+        self.unmerge()
+        self.W_merged = self.weight
 
-    def unmerge(self):
-        """Restore the kept W: subtracting ΔW would leave rounding errors. Idempotent."""
-        if self.merged:
-            self.base.weight.data = self.W_frozen
-            self.W_frozen = None
+    def unmerge(self, *_):      # also called by load_state_dict, with arguments
+        self.W_merged = None
 
 
 def inject(model, targets=None, rank=8, layer=LoRALinear, **settings):
@@ -112,24 +123,25 @@ def unmerge(model):
 
 def remove(model):
     """Put the base layers back. The weights are then exactly those of the base, still frozen."""
-    unmerge(model)
+    if isinstance(model, LoRALinear):
+        raise ValueError("the model is itself a LoRA layer, which cannot be replaced by its base: "
+                         "put it into another module, such as nn.Sequential(layer)")
     for name, m in adapters(model).items():
         model.set_submodule(name, m.base)
 
 
 @contextmanager
 def disabled(model):
-    """`with disabled(model): ...` runs the base model alone, even if the adapters are merged."""
+    """`with disabled(model): ...` runs the base model alone, even if the adapters are merged. They
+    come back unless another adapter has been loaded in the block."""
     layers = adapters(model)
-    merged = [m for m in layers.values() if m.merged]
     remove(model)
     try:
         yield model
     finally:
-        for name, m in layers.items():
-            model.set_submodule(name, m.train(model.training))
-        for m in merged:
-            m.merge()
+        if not adapters(model):
+            for name, m in layers.items():
+                model.set_submodule(name, m.train(model.training))
 
 
 def choose_layers(model, targets, rank):
@@ -138,29 +150,33 @@ def choose_layers(model, targets, rank):
         raise ValueError("the model already has adapters: call lora.remove(model) first")
     if isinstance(rank, dict) and targets is not None:
         raise ValueError("a dict of ranks chooses the layers: do not pass targets as well")
-    linears = [name for name, m in model.named_modules() if name and type(m) is nn.Linear]
-    last_part = {name: name.split(".")[-1] for name in linears}
-    wanted = ["all"] if targets is None else targets
-    wanted = set(wanted.split() if isinstance(wanted, str) else wanted)
-    ranks = {name: rank for name in linears if {name, last_part[name], "all"} & wanted}
-    unknown = wanted - {*linears, *last_part.values(), "all"}
-    if isinstance(rank, dict):
-        ranks = {name: rank[name] for name in linears if name in rank}
-        unknown = rank.keys() - ranks.keys()
+    linears = {}                                        # {module name: its last part}
     for name, m in model.named_modules():
-        if type(m).__name__ == "Conv1D" and {name, name.split(".")[-1], "all"} & (unknown or wanted):
+        if name and type_before_parametrizations(m) is nn.Linear:
+            linears[name] = name.split(".")[-1]
+    if isinstance(rank, dict):
+        wanted = set(rank)
+        ranks = {name: rank[name] for name in linears if name in rank}
+        unknown = wanted - linears.keys()
+        choices = f"full names such as {', '.join(list(linears)[:2])}"
+    else:
+        wanted = "all" if targets is None else targets
+        wanted = set(wanted.split() if isinstance(wanted, str) else wanted)
+        ranks = {name: rank for name, last in linears.items() if {name, last, "all"} & wanted}
+        unknown = wanted - {*linears, *linears.values(), "all"}
+        choices = f"{' '.join(dict.fromkeys(linears.values()))}, \"all\" and full names"
+    for name, m in model.named_modules():
+        if type(m).__name__ == "Conv1D" and {name, name.split(".")[-1], "all"} & wanted:
             raise ValueError(f"{name} is a transformers Conv1D, not an nn.Linear: the README shows "
                              "how to replace it")
     if unknown or not ranks:
-        choices = f"{' '.join(dict.fromkeys(last_part.values()))}, \"all\" and full names"
-        if isinstance(rank, dict):
-            choices = f"full names such as {', '.join(linears[:2])}"
         raise ValueError(f"{' '.join(sorted(unknown)) or 'an empty selection'} is not an nn.Linear "
                          f"of the model: choose from {choices}")
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    uses = Counter(map(id, parameters.values()))
     for name in ranks:
         parent = model.get_submodule(name.rpartition(".")[0])
-        tied = uses[id(model.get_submodule(name).weight)] > 1
+        tied = uses[id(parameters.get(f"{name}.weight"))] > 1
         if tied or isinstance(parent, nn.TransformerEncoderLayer):
             raise ValueError(f"{name}: its weight is also used outside this layer (it is tied, or "
                              "nn.TransformerEncoderLayer reads it), where ΔW would be missing")

@@ -10,20 +10,32 @@ A state is a dict that torch.save can write and torch.load(weights_only=True) ca
 """
 import hashlib
 import inspect
+from functools import partial
 
 import torch
+import torch.nn as nn
 
 import lora
 from autolora import AutoLoRALinear
 from lora import LoRALinear
 from multilora import MultiLoRALinear
 
-LAYERS = {c.__name__: c for c in (LoRALinear, MultiLoRALinear, AutoLoRALinear)}
+LAYERS = {"LoRALinear": LoRALinear, "MultiLoRALinear": MultiLoRALinear,
+          "AutoLoRALinear": AutoLoRALinear}
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def unwrap(model):
+    """The model inside the wrappers of torch.compile and data parallelism."""
+    while hasattr(model, "_orig_mod") or isinstance(model, PARALLEL):
+        model = model.module if isinstance(model, PARALLEL) else model._orig_mod
+    return model
 
 
 def fingerprint(model):
     """16 hex digits that identify the base model, with or without adapters: a hash of the names,
     shapes and values (rounded to bfloat16) of its weights."""
+    model = unwrap(model)
     sha = hashlib.sha256()
     with lora.disabled(model):
         for name, p in sorted(model.named_parameters()):
@@ -32,19 +44,24 @@ def fingerprint(model):
     return sha.hexdigest()[:16]
 
 
-def settings_of(layer):
+def settings_of(m):
     """The keyword arguments that construct such a layer again, with their present values. A class
     must keep its constructor's arguments as attributes of the same names."""
     settings = {}
-    for name in list(inspect.signature(type(layer)).parameters)[2:]:        # after base and rank
-        value = getattr(layer, name)
-        settings[name] = value.p if name == "dropout" else value
+    for name in list(inspect.signature(type(m)).parameters)[2:]:            # after base and rank
+        value = getattr(m, name)
+        settings[name] = value.p if isinstance(value, nn.Dropout) else value
     return settings
 
 
-def own_tensors(layer):
-    """{"A": A, "B": B, ...}: the parameters of a layer without those of its base."""
-    return dict(layer.named_parameters(recurse=False))
+def own_tensors(m):
+    """{"A": A, "B": B, ...}: the parameters and buffers of a layer without those of its base."""
+    tensors = m.state_dict(keep_vars=True)
+    return {key: t for key, t in tensors.items() if not key.startswith("base.")}
+
+
+def scale_of(m):
+    return torch.as_tensor(m.scale(), dtype=m.A.dtype).detach().cpu().clone()
 
 
 def state_dict(model, base=None):
@@ -55,9 +72,9 @@ def state_dict(model, base=None):
     tensors = {}
     scale = {}
     kinds = []
-    for name, m in lora.adapters(model).items():
-        tensors[name] = {key: p.detach().cpu().clone() for key, p in own_tensors(m).items()}
-        scale[name] = torch.as_tensor(m.scale(), dtype=m.A.dtype).detach().cpu().clone()
+    for name, m in lora.adapters(unwrap(model)).items():
+        tensors[name] = {key: t.detach().cpu().clone() for key, t in own_tensors(m).items()}
+        scale[name] = scale_of(m)
         kinds.append((type(m).__name__, settings_of(m)))
         if kinds[-1] != kinds[0]:
             raise ValueError(f"{name} has another class or other settings than the first adapter; "
@@ -71,70 +88,84 @@ def state_dict(model, base=None):
 
 def load_state_dict(model, state, layer=None):
     """
-    Load a saved adapter into its base model, in place of any adapter that is there. Tensors of
-    layers that fit are overwritten in place, so that an optimizer keeps working. Returns the model.
+    Load a saved adapter into its base model, in place of any adapter that is there. Parameters of
+    the same name and shape are overwritten, so that an optimizer keeps working. Returns the model.
 
     `layer` is the layers' class if it is not one of LAYERS. Raises ValueError, and leaves the model
     as it was, if the state does not belong to this model or is incomplete.
     """
-    check_state(state, model, layer)
-    layer = layer or LAYERS[state["layer"]]
+    inner = unwrap(model)
+    check_state(state, inner, layer)
+    layer = partial(layer or LAYERS[state["layer"]], **state["settings"])
     ranks = {name: len(own.get("A", ())) for name, own in state["tensors"].items()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    old = lora.adapters(model)
-    merged = [m for m in old.values() if m.merged]
-    lora.remove(model)
+    trainable = [p for p in inner.parameters() if p.requires_grad]
+    old = lora.adapters(inner)
+    lora.remove(inner)
     try:
-        lora.inject(model, None, ranks, layer, **state["settings"])
-        new = lora.adapters(model)
-        check_shapes(state, new)
+        lora.inject(inner, None, ranks, layer)
+        new = lora.adapters(inner)
+        for name, m in new.items():
+            fill(m, state["tensors"][name], state["scale"].get(name), name)
     except Exception:
-        lora.remove(model)
+        lora.remove(inner)
         for name, m in old.items():
-            model.set_submodule(name, m)
-        for m in merged:
-            m.merge()
+            inner.set_submodule(name, m)
         for p in trainable:
             p.requires_grad_(True)
         raise
-    for name, m in new.items():
-        if name in old and same_kind(m, old[name]):
-            m = old[name]
-            model.set_submodule(name, m)
-        for key, p in own_tensors(m).items():
-            p.data.copy_(state["tensors"][name][key])
+    for name in old.keys() & new.keys():
+        keep_parameters(old[name], new[name])
     for p in trainable if old else []:          # what the caller has unfrozen stays trainable
         p.requires_grad_(True)
     return model
-
-
-def same_kind(a, b):
-    return type(a) is type(b) and a.rank == b.rank and settings_of(a) == settings_of(b)
 
 
 def check_state(state, model, layer):
     """Raise ValueError, with the reason, if a state cannot belong to this model."""
     if "adapter" in state:
         raise ValueError('this is a checkpoint of train.py: its adapter is under ["adapter"]')
-    missing = {"layer", "settings", "base", "tensors", "scale"} - state.keys()
+    present = {key for key, value in state.items() if value is not None}
+    missing = {"layer", "settings", "base", "tensors", "scale"} - present
     if missing:
         raise ValueError(f"this is not an adapter's state: it has no {' '.join(sorted(missing))}")
     if layer is None and state["layer"] not in LAYERS:
         raise ValueError(f"the adapter's layers are of class {state['layer']}, which is unknown "
                          "here: pass the class as the argument `layer`")
     here = fingerprint(model)
-    if state["base"] != here:
-        raise ValueError(f"the adapter was trained on another base model, with the fingerprint "
-                         f"{state['base']}; this model's is {here}: load it into its own base")
+    if state["base"] == here:
+        return
+    message = (f"the adapter was trained on another base model, with the fingerprint "
+               f"{state['base']}; this model's is {here}: load it into its own base")
+    if any(p.dtype == torch.float16 for p in model.parameters()):
+        message += ". This model is in float16, which changes W: load first, then call half()"
+    raise ValueError(message)
 
 
-def check_shapes(state, layers):
-    """Raise ValueError unless a state has exactly the tensors of these layers."""
-    for name, m in layers.items():
-        shapes = {key: tuple(p.shape) for key, p in own_tensors(m).items()}
-        saved = {key: tuple(t.shape) for key, t in state["tensors"][name].items()}
-        if shapes != saved:
-            raise ValueError(f"{name}: the adapter's tensors are {saved}, but should be {shapes}")
+def fill(m, tensors, scale, name):
+    """Copy saved tensors into a new layer. Raises ValueError if they, or its scale, do not fit."""
+    own = own_tensors(m)
+    shapes = {key: tuple(t.shape) for key, t in own.items()}
+    saved = {key: tuple(t.shape) for key, t in tensors.items()}
+    if shapes != saved:
+        raise ValueError(f"{name}: the adapter's tensors are {saved}, but should be {shapes}")
+    for key, t in own.items():
+        t.data.copy_(tensors[key])
+    if scale is None:
+        raise ValueError(f"{name}: the adapter's scale is unknown")
+    here = scale_of(m)
+    rtol = 1e-4 if scale.dtype.itemsize > 2 else 0.02           # it may have been in bfloat16
+    if scale.shape != here.shape or not torch.allclose(here, scale.to(here), rtol):
+        raise ValueError(f"{name}: the adapter's scale is {scale}, but its settings give {here}")
+
+
+def keep_parameters(old, new):
+    """Give a layer the Parameters of the one that it replaces, with its own values."""
+    before = own_tensors(old)
+    for key, t in own_tensors(new).items():
+        if key in before and before[key].shape == t.shape:
+            before[key].data.copy_(t.data)
+            parent, _, attribute = key.rpartition(".")
+            setattr(new.get_submodule(parent), attribute, before[key])
 
 
 def combine(states, weights=None):

@@ -29,6 +29,18 @@ class UserLinear(LoRALinear):
         return self.gain
 
 
+class UserMultiLinear(MultiLoRALinear):
+    """A layer that a user has defined, with a buffer and with parameters in a submodule."""
+
+    def __init__(self, base, rank, n_blocks=2, dropout=0.0):
+        super().__init__(base, rank, n_blocks, "scalar", dropout)
+        self.norm = nn.LayerNorm(base.in_features, dtype=self.A.dtype)
+        self.register_buffer("shift", torch.zeros_like(base.bias))
+
+    def forward(self, x):
+        return super().forward(self.norm(x)) + self.shift
+
+
 def trained_gpt(targets="q v", rank=4, layer=LoRALinear, seed=1, **settings):
     """A GPT with adapters that have random values; its base is always the same."""
     return randomise(lora.inject(random_gpt(), targets, rank, layer, **settings), seed)
@@ -92,8 +104,54 @@ def test_a_user_defined_class_is_named_in_the_error_and_can_be_passed(gpt):
     assert torch.equal(logits(gpt), logits(model))
 
 
+def test_a_subclass_keeps_its_other_parameters_and_buffers(gpt):
+    model = trained_gpt(layer=UserMultiLinear)
+    for m in lora.adapters(model).values():
+        m.norm.weight.data.normal_()
+        m.shift.normal_()
+    state = state_dict(model)
+    with pytest.raises(ValueError, match="class UserMultiLinear.* pass the class as .*`layer`"):
+        load_state_dict(gpt, state)
+    load_state_dict(gpt, state, layer=UserMultiLinear)
+    assert torch.equal(logits(gpt), logits(model))
+    before = trainable(gpt)
+    load_state_dict(gpt, state_dict(trained_gpt(layer=UserMultiLinear)), layer=UserMultiLinear)
+    assert all(p is before[name] for name, p in trainable(gpt).items())
+    assert not torch.equal(logits(gpt), logits(model))
+
+
+def test_a_layer_without_inject_can_be_saved_as_a_part_of_a_model():
+    layer = LoRALinear(nn.Linear(6, 5), 2)
+    layer.B.data.normal_()
+    with pytest.raises(ValueError, match="itself a LoRA layer.*nn.Sequential"):
+        state_dict(layer)
+    state = state_dict(nn.Sequential(layer))
+    base = copy.deepcopy(nn.Sequential(layer.base))
+    assert torch.equal(load_state_dict(base, state)(torch.ones(6)), layer(torch.ones(6)))
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda model: torch.compile(model, backend="eager"),
+    nn.DataParallel,
+    lambda model: torch.compile(nn.DataParallel(model), backend="eager")])
+def test_a_wrapped_model_has_the_same_state(gpt, wrap):
+    """torch.compile and nn.DataParallel put `_orig_mod.` and `module.` before each name."""
+    model = trained_gpt()
+    state = state_dict(model)
+    wrapped = wrap(model)
+    assert fingerprint(wrapped) == state["base"]
+    assert same(state_dict(wrapped), state)
+    fresh = wrap(gpt)
+    assert load_state_dict(fresh, state) is fresh
+    assert torch.equal(logits(fresh), logits(model))
+    other = state_dict(trained_gpt("up", rank=3, seed=5))
+    load_state_dict(fresh, other)
+    assert same(state_dict(gpt), other)
+    assert torch.equal(logits(fresh), logits(gpt))
+
+
 def test_adapters_can_be_switched(gpt):
-    base = logits(gpt)
+    base = logits(gpt.eval())
     models = [trained_gpt(layer=layer, seed=i, **settings)
               for i, (layer, settings) in enumerate(METHODS)]
     for i in (0, 1, 2, 0):
@@ -131,6 +189,85 @@ def test_loading_in_place_keeps_the_parameters_of_an_optimizer(gpt, layer, setti
         assert not any(torch.equal(own[key], state["tensors"][name][key]) for key in own)
 
 
+@pytest.mark.parametrize("layer, settings", [
+    (LoRALinear, {"alpha": 5.0}), (LoRALinear, {"dropout": 0.5}), (AutoLoRALinear, {"alpha": 3.0})])
+def test_loading_other_settings_keeps_the_parameters_that_fit(gpt, layer, settings):
+    lora.inject(gpt, "q v", rank=4)
+    for m in lora.adapters(gpt).values():
+        m.A.requires_grad_(False)                               # the caller trains only B
+    before = dict(gpt.named_parameters())
+    frozen = {name for name, p in before.items() if not p.requires_grad}
+    model = trained_gpt(layer=layer, **settings)
+    load_state_dict(gpt, state_dict(model))
+    after = dict(gpt.named_parameters())
+    assert all(after[name] is p for name, p in before.items())
+    assert {name for name, p in after.items() if not p.requires_grad} == frozen
+    assert same(state_dict(gpt), state_dict(model))
+    assert torch.equal(logits(gpt.eval()), logits(model.eval()))
+
+
+@pytest.mark.parametrize("there", ["q v", "q up"])
+def test_an_adapter_that_is_loaded_while_disabled_stays(gpt, there):
+    lora.inject(gpt, there, rank=4)
+    model = trained_gpt()
+    with lora.disabled(gpt):
+        load_state_dict(gpt, state_dict(model))
+    assert same(state_dict(gpt), state_dict(model))
+    assert torch.equal(logits(gpt), logits(model))
+
+
+# The scale
+
+def change_in_place(m):
+    if isinstance(m, MultiLoRALinear):
+        m.s.data += 1
+    else:
+        m.alpha = 7.0
+    m.dropout.p = 0.125
+
+
+@each_method
+def test_settings_that_were_changed_in_place_are_saved(gpt, layer, settings):
+    model = trained_gpt(layer=layer, **settings).eval()
+    before = logits(model)
+    for m in lora.adapters(model).values():
+        change_in_place(m)
+    assert not torch.equal(logits(model), before)
+    load_state_dict(gpt.eval(), state_dict(model))
+    assert torch.equal(logits(gpt), logits(model))
+    for m in lora.adapters(gpt).values():
+        assert m.dropout.p == 0.125
+
+
+@pytest.mark.parametrize("layer", [LoRALinear, AutoLoRALinear])
+def test_a_loaded_layer_has_the_saved_scale(gpt, layer):
+    """A file without α may come from a version with another default."""
+    before = snapshot(gpt)
+    for alpha in (5.0, 16.1):
+        state = state_dict(trained_gpt(layer=layer, alpha=alpha))
+        del state["settings"]["alpha"]
+        with pytest.raises(ValueError, match=r"^h\.0\.attn\.q: the adapter's scale is"):
+            load_state_dict(gpt, state)
+        assert same(snapshot(gpt), before)
+    model = trained_gpt(layer=layer)                            # α is the default
+    state = state_dict(model)
+    del state["settings"]["alpha"]
+    load_state_dict(gpt, state)
+    assert torch.equal(logits(gpt), logits(model))
+
+
+@each_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_of_lower_precision_can_be_loaded(layer, settings, dtype):
+    model = trained_gpt(layer=layer, **settings)
+    base = fingerprint(model)
+    state = state_dict(model.to(dtype), base)                   # A, B and the scale are rounded
+    loaded = load_state_dict(random_gpt(), state)
+    for name, m in lora.adapters(loaded).items():
+        want = model.get_submodule(name).double().delta_weight()
+        close(m.delta_weight(), want, tol=0.05)
+
+
 def test_loading_other_layers_keeps_what_the_caller_has_unfrozen(gpt):
     lora.inject(gpt, "q v", rank=2)
     gpt.ln_f.weight.requires_grad_(True)
@@ -163,7 +300,17 @@ FAULTS = [
     (lambda state: state.update(base="0" * 16), "another base model.* 0{16}"),
     (lambda state: state.update(layer="DoRALinear"), "class DoRALinear"),
     (lambda state: state.pop("layer"), "no layer"),
-    (lambda state: state.pop("scale"), "no scale")]
+    (lambda state: state.pop("scale"), "no scale"),
+    (change("scale", V, torch.tensor(4.1)), r"^h\.1\.attn\.v: .* is 4\.0999.* settings give 4\.0"),
+    (change("scale", V, torch.full((4,), 4.0)), r"^h\.1\.attn\.v: .*scale is"),
+    (change("scale", V, None), r"^h\.1\.attn\.v: .*scale is unknown"),
+    (change("settings", "alpha", 8.0), r"^h\.0\.attn\.q: .*scale is .*settings give"),
+    (change("settings", "rank", 4), "rank"),
+    (change("settings", "layer", 4), "layer"),
+    (change("settings", "targets", "q"), "targets"),
+    (lambda state: state.update(settings=None), "no settings"),
+    (lambda state: state.update(tensors=None), "no tensors"),
+    (dict.clear, "no base layer scale settings tensors")]
 
 
 @pytest.mark.parametrize("there", ["base", "adapter", "merged", "disabled"])
@@ -220,6 +367,18 @@ def test_a_fingerprint_identifies_the_base_model():
     assert fingerprint(model) == base
 
 
+def test_a_base_model_in_half_precision_is_named_in_the_error():
+    """bfloat16 does not change the fingerprint, but float16 rounds differently."""
+    model = random_gpt(dtype=torch.float32)
+    model.wte.weight.data *= 1 + 2 ** -8 - 2 ** -13     # between two bfloat16 values
+    state = state_dict(lora.inject(copy.deepcopy(model), "q", rank=2))
+    load_state_dict(copy.deepcopy(model).bfloat16(), state)
+    with pytest.raises(ValueError, match=r"another base model.* float16.* load first"):
+        load_state_dict(model.half(), state)
+    with pytest.raises(ValueError, match="^(?!.*float16)"):
+        load_state_dict(random_gpt(seed=1), state)
+
+
 @pytest.mark.parametrize("edit", [
     lambda model: model.h[1].ln_2.bias.data[3].add_(1),
     lambda model: model.wte.weight.data[5].neg_(),
@@ -255,8 +414,12 @@ def test_the_combination_is_the_weighted_sum_of_the_updates(tasks, weights):
             sums[name] = sums.get(name, 0.0) + update
             base.get_submodule(name).weight.data += update
     before = copy.deepcopy(states)
-    model = load_state_dict(random_gpt(), combine(states, weights))
+    state = combine(states, weights)
     assert all(map(same, states, before))                       # the arguments are unchanged
+    for name, want in sums.items():                             # what analyze.py reads
+        own = state["tensors"][name]
+        close((state["scale"][name] * own["B"]) @ own["A"], want)
+    model = load_state_dict(random_gpt(), state)
     assert lora.adapters(model).keys() == sums.keys()
     for name, m in lora.adapters(model).items():
         close(m.delta_weight(), sums[name])

@@ -86,6 +86,35 @@ def test_the_threshold_applies_to_the_selection_of_the_forward_pass(gate):
         assert autolora.ranks(nn.ModuleDict({"q": layer}))["q"] == max(1, (a >= 1 / 5).sum())
 
 
+@each_gate
+def test_stacked_selections_are_those_of_each_matrix(gate):
+    """analyze.py passes the β of all steps and matrices at once, of shape (steps, matrices, k)."""
+    torch.manual_seed(0)
+    beta = torch.randn(3, 4, 5).double() - 2                    # often, no a is above 1/k
+    a = autolora.selection(beta, gate)
+    kept = autolora.above_threshold(a)
+    assert a.shape == kept.shape == (3, 4, 5)
+    for i in np.ndindex(3, 4):
+        one = autolora.selection(beta[i], gate)
+        close(a[i], one)
+        want = one >= 1 / 5
+        want[one.argmax()] = True
+        assert torch.equal(kept[i], want)
+
+
+@pytest.mark.parametrize("k", [2, 8, 64])
+def test_the_threshold_tolerates_only_rounding(k):
+    for below in (1e-5, 1e-3, 0.1):
+        a = torch.full((k,), (1 + below) / k).double()
+        a[0] = (1 - below) / k
+        kept = autolora.above_threshold(a)
+        assert not kept[0]
+        assert kept[1:].all()
+    rounded = torch.full((k,), 1 / k).double()
+    rounded[0] *= 1 - 1e-8
+    assert autolora.above_threshold(rounded).all()
+
+
 def test_ranks_count_the_kept_candidates_and_inject_accepts_them(gpt):
     lora.inject(gpt, "q up", 6, AutoLoRALinear)
     for i, m in enumerate(lora.adapters(gpt).values()):         # aⱼ is proportional to e^(i j / 5)
@@ -119,11 +148,13 @@ class Problem:
         self.train = torch.randint(257, (4, 13))
         self.valid = torch.randint(257, (4, 13))
         self.passes = []
+        self.positions = []         # ω in each pass
         self.limit = 99             # the pass after so many fails
         self.scale = 1.0            # of the loss
 
     def losses(self, rows, parts=2):
         self.passes.append("train" if rows is self.train else "valid")
+        self.positions.append(flat(self.omega).detach())
         if len(self.passes) > self.limit:
             raise KeyError
         torch.manual_seed(0)
@@ -194,6 +225,29 @@ def test_each_hypergradient_takes_so_many_passes(how, n_passes):
     p = Problem()
     p.search(0.5, how)
     assert p.passes == ["train", "valid", "train", "train"][:n_passes]
+
+
+@pytest.mark.parametrize("how, signs", [("central", [-1, 1]), ("forward", [1])])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_each_pass_is_at_its_own_point(how, signs, scale):
+    """At ω, at ω' = ω − η ∇_ω L_tr, and at ω ± ε v, where ε = 0.01 / ‖v‖."""
+    p = Problem()
+    p.scale = scale
+    start = flat(p.omega).detach()
+    _, g, _ = p.search(0.5, how)
+    positions = list(p.positions)
+    torch.optim.SGD(p.omega, lr=0.5).step()
+    v = p.gradient(p.valid, p.omega)                            # at ω'
+    ahead = flat(p.omega).detach()
+    step = 0.01 * v / v.norm()
+    want = [start, ahead]
+    for sign in signs:
+        want.append(start + sign * step)
+    assert len(positions) == len(want)
+    for position, point in zip(positions, want):
+        close(position - start, point - start, tol=1e-10)
+    assert (ahead - start).norm() > 0.01
+    close((start - ahead) / 0.5, g, tol=1e-10)
 
 
 @each_hypergradient

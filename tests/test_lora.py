@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from torch.nn.utils import prune
 
 import lora
 from autolora import AutoLoRALinear
@@ -53,6 +54,24 @@ def test_dropout_acts_on_each_element_and_only_on_the_adapter():
     for dim in range(3):                # rows, tokens and features do not share a mask
         equal = dropped.round() == dropped.round().roll(1, dim)
         assert 0.45 < equal.double().mean() < 0.55
+
+
+@each_method
+@pytest.mark.parametrize("p", [0.0, 0.25, 0.75])
+def test_every_method_has_dropout(layer, settings, p):
+    """ΔW x is 1 for each feature of x that is kept, times 1 / (1 - p)."""
+    torch.manual_seed(0)
+    m = layer(nn.Linear(8, 8).double(), 8, dropout=p, **settings)
+    for q in m.parameters(recurse=False):
+        q.data.normal_()
+    m.A.data = torch.eye(8).double()
+    m.B.data = (torch.eye(8).double() / m.scale()).detach()     # ΔW = 1
+    x = torch.ones(500, 8).double()
+    update = (m(x) - m.base(x)).detach()
+    close(update, (update > 0.5).double() / (1 - p), tol=1e-9)
+    assert abs((update < 0.5).double().mean() - p) < 0.03
+    m.eval()
+    close(m(x) - m.base(x), x, tol=1e-9)
 
 
 @each_method
@@ -122,6 +141,19 @@ def test_a_dict_of_ranks_chooses_the_layers(gpt):
     ranks = {"h.0.attn.q": 4, "h.1.mlp.up": 16}
     lora.inject(gpt, rank=ranks)
     assert {name: m.rank for name, m in lora.adapters(gpt).items()} == ranks
+
+
+class Conv1D(nn.Module):
+    """It has the name of transformers' class."""
+
+
+def test_a_dict_of_ranks_may_leave_out_a_conv1d():
+    model = nn.ModuleDict({"q": nn.Linear(4, 4), "c_attn": Conv1D()})
+    for arguments in ({"targets": "all"}, {"rank": {"q": 2, "c_attn": 2}}):
+        with pytest.raises(ValueError, match="^c_attn is a transformers Conv1D"):
+            lora.inject(model, **{"rank": 2, **arguments})
+    lora.inject(model, rank={"q": 2})
+    assert set(lora.adapters(model)) == {"q"}
 
 
 def tied():
@@ -194,20 +226,35 @@ def test_a_layer_of_the_model_may_be_called_base():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_merge_and_unmerge(dtype):
     """Over a bfloat16 base ΔW is added in float32: in bfloat16 it would be lost (peft #2502)."""
-    model = randomise(lora.inject(random_gpt(dtype=dtype), rank=4))
+    model = randomise(lora.inject(random_gpt(dtype=dtype), rank=4)).eval()
     m = model.h[0].attn.q
     assert m.A.dtype == torch.promote_types(dtype, torch.float32)
     unmerged = logits(model)
     before = copy.deepcopy(model.state_dict())
     want = (m.base.weight.to(m.A.dtype) + m.delta_weight()).to(dtype)
+    assert torch.equal(m.weight, want)
     lora.merge(model)
     lora.merge(model)                                           # the second call changes nothing
-    assert torch.equal(m.base.weight, want)
+    assert m.merged
+    x = torch.randn(3, 16, dtype=dtype)
+    assert torch.equal(m(x), nn.functional.linear(x, want, m.base.bias))
+    assert torch.equal(m.weight, want)
     close(logits(model).double(), unmerged.double(), tol=100 * torch.finfo(dtype).eps)
     lora.unmerge(model)
     lora.unmerge(model)
+    assert not m.merged
     assert same(model.state_dict(), before)
     assert torch.equal(logits(model), unmerged)
+
+
+def test_merging_again_uses_the_present_tensors(gpt):
+    randomise(lora.inject(gpt.eval(), rank=4))
+    lora.merge(gpt)
+    randomise(gpt, seed=2)
+    lora.merge(gpt)
+    merged = logits(gpt)
+    lora.unmerge(gpt)
+    close(merged, logits(gpt))
 
 
 def test_a_merged_layer_runs_only_its_base_in_both_modes_and_can_be_converted(gpt):
@@ -215,26 +262,123 @@ def test_a_merged_layer_runs_only_its_base_in_both_modes_and_can_be_converted(gp
     W = gpt.float().h[0].attn.q.weight.clone()
     randomise(lora.inject(gpt, rank=4, dropout=0.5))
     lora.merge(gpt)
-    want = logits(gpt)
     for m in lora.adapters(gpt).values():
         m.A.data.zero_()                                        # must not matter while merged
-    assert torch.equal(logits(gpt.eval()), want)
-    assert torch.equal(logits(gpt.train()), want)
-    lora.unmerge(gpt.double())
+    want = logits(gpt.eval())
+    with torch.no_grad():
+        assert torch.equal(logits(gpt.train()), want)
+    close(logits(gpt.double().eval()).float(), want, tol=1e-3)
+    lora.unmerge(gpt)
+    assert not torch.allclose(logits(gpt).float(), want, atol=1e-2)
     assert same(gpt.h[0].attn.q.base.weight.data, W.double())
+
+
+@each_method
+def test_the_state_dict_of_a_merged_model_contains_the_base_weights(layer, settings):
+    """Otherwise a model that loads it would have W + 2 ΔW."""
+    model = randomise(lora.inject(random_gpt(), "q up", 4, layer, **settings)).eval()
+    want = logits(model)
+    before = copy.deepcopy(model.state_dict())
+    lora.merge(model)
+    saved = copy.deepcopy(model.state_dict())
+    assert same(saved, before)
+    for prepare in (lora.unmerge, lora.merge):
+        other = lora.inject(random_gpt(seed=3), "q up", 4, layer, **settings).eval()
+        prepare(other)
+        other.load_state_dict(saved, strict=True)
+        assert torch.equal(logits(other), want)
+        lora.merge(other)
+        close(logits(other), want)
+
+
+@pytest.mark.parametrize("merged", [["h.0.attn.q"], ["h.1.mlp.up"], ["h.0.attn.q", "h.1.mlp.up"]])
+def test_a_merged_layer_does_not_train(gpt, merged):
+    """A model of which a part is merged would otherwise train the rest without a warning."""
+    lora.inject(gpt, "q up", rank=4)
+    for name in merged:
+        gpt.get_submodule(name).merge()
+    with pytest.raises(RuntimeError, match=r"call unmerge\(\), or eval\(\)"):
+        gpt(IDX, IDX)
+    with torch.no_grad():
+        gpt(IDX, IDX)                                           # measures the loss only
+    gpt.eval()(IDX, IDX)
+    lora.unmerge(gpt.train())
+    gpt(IDX, IDX)[1].backward()
+    assert all(m.B.grad.any() for m in lora.adapters(gpt).values())
+
+
+def pruned(linear):
+    prune.l1_unstructured(linear, "weight", 3)
+
+
+def bias_pruned(linear):
+    prune.l1_unstructured(linear, "bias", 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("reparametrise", [
+    nn.utils.weight_norm, nn.utils.spectral_norm, pruned, bias_pruned,
+    nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm,
+    nn.utils.parametrizations.orthogonal])
+@pytest.mark.parametrize("targets", ["all", "q", "h.1.attn.q"])
+def test_a_linear_whose_weight_is_computed_is_refused(gpt, reparametrise, targets):
+    """A hook computes W again in each forward pass, so that merging would have no effect."""
+    reparametrise(gpt.h[1].attn.q)
+    before = snapshot(gpt)
+    with pytest.raises(ValueError, match=r"^h\.1\.attn\.q: weight_norm, spectral_norm, prune"):
+        lora.inject(gpt, targets, rank=4)
+    assert same(snapshot(gpt), before)
+    with pytest.raises(ValueError, match="^weight_norm, spectral_norm, prune"):
+        LoRALinear(gpt.h[1].attn.q, 4)
+    lora.inject(gpt, "h.0.attn.q up", rank=4)                   # the others can be adapted
+
+
+class ReadsWeight(nn.Module):
+    """Mamba's and other models read the weight of a layer in place of calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(6, 5).double()
+
+    def forward(self, x):
+        return x @ self.q.weight.T + self.q.base.bias
+
+
+def test_a_model_that_reads_the_weight_of_a_layer_gets_the_adapted_one():
+    model = ReadsWeight()
+    randomise(lora.inject(model, "q", rank=2))
+    x = torch.randn(4, 6).double()
+    want = model.q(x)
+    close(model(x), want)
+    model(x).sum().backward()
+    assert model.q.A.grad.any()
+    lora.merge(model.eval())
+    close(model(x), want)
 
 
 @pytest.mark.parametrize("prepare", [lora.unmerge, lora.merge])
 def test_disabled_runs_the_base_model(gpt, prepare):
     base = logits(gpt)
-    randomise(lora.inject(gpt, rank=4))
+    randomise(lora.inject(gpt.eval(), rank=4))
     prepare(gpt)
     before = snapshot(gpt)
+    adapted = logits(gpt)
     with pytest.raises(KeyError), lora.disabled(gpt):
+        assert torch.equal(logits(gpt), base)
+        with lora.disabled(gpt):
+            assert torch.equal(logits(gpt), base)
         assert torch.equal(logits(gpt), base)
         raise KeyError                                          # the adapters must come back
     assert same(snapshot(gpt), before)
-    assert not torch.equal(logits(gpt), base)
+    assert torch.equal(logits(gpt), adapted)
+    assert not torch.equal(adapted, base)
+
+
+@pytest.mark.parametrize("remove", [lora.remove, lambda layer: lora.disabled(layer).__enter__()])
+def test_a_layer_that_is_the_whole_model_cannot_be_replaced(remove):
+    layer = LoRALinear(nn.Linear(6, 5), 2)
+    with pytest.raises(ValueError, match="itself a LoRA layer"):
+        remove(layer)
 
 
 def test_adapters_have_the_mode_of_the_model(gpt):

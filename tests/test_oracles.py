@@ -1,11 +1,14 @@
 """The same numbers from other people's code, and real data. What is not installed is skipped."""
+import copy
 import json
+from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn as nn
 
 import analyze
+import evaluate
 import lora
 from conftest import ROOT, close, random_gpt, randomise, same, snapshot
 from model import GPT, GPTConfig, HF_NAMES
@@ -68,16 +71,15 @@ def test_transformers_generation(pair):
     assert ours.generate(prompts, 20) == want[:, 7:].tolist()
 
 
-def test_transformers_reads_a_model_that_was_trained_here():
+def test_transformers_reads_a_model_that_was_trained_here(tmp_path):
     ours = random_gpt(SIZES)
     randomise(lora.inject(ours, "q down", rank=4))
     want = ours(IDX)[0]
-    lora.merge(ours)
     with pytest.raises(ValueError, match=r"h\.0 attn\.q .*must be plain nn.Linear"):
         ours.hf_state_dict()
-    for name, m in lora.adapters(ours).items():
-        ours.set_submodule(name, m.base)                # as evaluate.py --export does
-    close(transformers_gpt2(ours.hf_state_dict())(input_ids=IDX).logits, want, 1e-10)
+    evaluate.export(ours, Namespace(method="lora"), str(tmp_path / "model.bin"))
+    state = torch.load(tmp_path / "model.bin")
+    close(transformers_gpt2(state)(input_ids=IDX).logits, want, 1e-10)
 
 
 def replace_conv1d(model):
@@ -117,11 +119,45 @@ def test_transformers_gpt2_after_its_conv1d_layers_are_replaced():
     state = state_dict(model)
     trained = model(input_ids=IDX).logits
     assert not torch.allclose(trained, base)
-    lora.merge(model)
+    lora.merge(model.eval())
     close(model(input_ids=IDX).logits, trained, 1e-10)
     fresh = transformers_gpt2()
     replace_conv1d(fresh)
     close(load_state_dict(fresh, state)(input_ids=IDX).logits, trained, 1e-10)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_transformers_t5(gated, dtype, tol):
+    """T5 reads the dtype of the weight of `wo`, which may stay in float32."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = transformers.T5Config(
+        vocab_size=99, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu" if gated else "relu", decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(sizes).to(dtype).eval()
+    for name, m in model.named_modules():
+        if name.endswith("wo"):
+            m.float()
+    fresh = copy.deepcopy(model)
+
+    def logits(model):
+        return model(input_ids=IDX % 99, labels=IDX % 99).logits.double()
+
+    def difference(a, b):
+        return (a - b).norm() / b.norm()
+
+    base = logits(model)
+    lora.inject(model, "wo q", rank=4)
+    assert difference(logits(model), base) < tol
+    logits(model).sum().backward()
+    assert all(m.B.grad.any() for m in lora.adapters(model).values())
+    randomise(model)
+    trained = logits(model)
+    assert difference(trained, base) > 5 * tol
+    assert torch.equal(logits(load_state_dict(fresh, state_dict(model))), trained)
+    lora.merge(model)
+    assert difference(logits(model), trained) < tol
 
 
 # peft
@@ -148,7 +184,7 @@ def test_peft_outputs_gradients_and_merge():
     lora.merge(ours)
     for mine, other in pairs:
         other.merge()
-        close(mine.base.weight, other.base_layer.weight)
+        close(mine.W_merged, other.base_layer.weight)
 
 
 SETTINGS = {
