@@ -5,13 +5,15 @@ Evaluate a checkpoint of train.py, or an adapter of peft or loralib; or let it c
     python evaluate.py out/lora.pt --data skills            # other tasks: what it has forgotten
     python evaluate.py out/lora.pt --prompt "shout hello"   # complete a prompt
     python evaluate.py out/lora.pt --export model.bin       # write W + ΔW for other programs
+    python evaluate.py out/lora.pt --export folder          # write the adapter for peft
 """
 import math
+from pathlib import Path
 
 import torch
 
 import lora
-from support import checkpoint, cli, data, distributed
+from support import adapter_state, checkpoint, cli, data, distributed, interop
 
 
 @torch.no_grad()
@@ -94,13 +96,28 @@ def results_table(tasks, before, after):
     return "\n".join(lines)
 
 
-def export(model, path):
-    """Write W + ΔW in the Hugging Face layout of GPT-2."""
+def export(model, settings, path):
+    """Write the adapter in peft's format into the folder `path`; if `path` has a suffix, write the
+    whole model, W + ΔW, in the Hugging Face layout of GPT-2."""
+    if Path(path).exists():
+        raise ValueError(f"--export {path}: it exists already; choose another name")
+    if not Path(path).suffix:
+        if settings.method == "full":
+            raise ValueError("full fine-tuning has no adapter: pass a file name such as model.bin")
+        interop.write_peft(adapter_state.state_dict(model), settings.model, Path(path))
+        print(f"{path} contains the adapter in peft's format: PeftModel.from_pretrained reads it")
+        return
     lora.merge(model)
     for name, m in lora.adapters(model).items():
+        m.base.weight.data = m.W_merged
         model.set_submodule(name, m.base)
-    checkpoint.write(model.hf_state_dict(), checkpoint.reserve_path(path))
-    print(f"{path} contains the model; it has {model.config.n_head} heads per layer")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write(model.hf_state_dict(), path)
+    config = model.config
+    print(f"{path} contains the model. In transformers: GPT2LMHeadModel(GPT2Config("
+          f"vocab_size={config.vocab_size}, n_positions={config.block_size}, "
+          f"n_embd={config.n_embd}, n_layer={config.n_layer}, n_head={config.n_head}))"
+          f".transformer.load_state_dict(torch.load({path!r}))")
 
 
 def parse(argv=None):
@@ -109,9 +126,11 @@ def parse(argv=None):
     add("checkpoint", metavar="CKPT", help="a checkpoint of train.py, or an adapter")
     add("--data", nargs="+", metavar="TASK", help="the tasks (default: those of the run)")
     add("--prompt", nargs="+", metavar="TEXT", help="complete these texts instead")
-    add("--export", metavar="FILE", help="instead, write W + ΔW in GPT-2's Hugging Face layout")
+    add("--export", metavar="PATH", help="instead, write W + ΔW in GPT-2's Hugging Face layout "
+        "or, for a name without a suffix, the adapter in peft's format")
     add("--base", help="the base model, if the file does not contain its name or it has moved")
-    add("--alpha", type=float, help="α of a loralib adapter, whose file does not contain it")
+    add("--alpha", type=cli.bounded(float, -math.inf), help="α of a loralib adapter, whose file "
+        "does not contain it")
     add("--eval_rows", type=cli.bounded(int, 1), help="held-out rows of each task "
         "(default: as trained)")
     add("--device", help="cuda, mps or cpu (default: the first available one)")
@@ -131,10 +150,11 @@ def main(argv=None):
         tok = data.tokenizer(model.config.vocab_size)
         if args.export:
             checkpoint.restore(saved, model)
-            return export(model, args.export)
+            return export(model, settings, args.export)
         if args.prompt:
             checkpoint.restore(saved, model)
-            prompts = [data.encode_prompt(tok, text, settings.data or ["-"]) for text in args.prompt]
+            names = settings.data or ["unknown"]
+            prompts = [data.encode_prompt(tok, text, names) for text in args.prompt]
             print("\n".join(completions(model, prompts, tok, settings, device)))
             return None
         if settings.data is None:

@@ -16,9 +16,11 @@ have had without the interruption.
 import math
 import os
 import random
+import shlex
 import signal
 import sys
 import textwrap
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,6 +58,7 @@ METHODS = {
                         "beta_lr"], 1e-2, 4e-3),
 }
 MAX_NORM = 1.0      # gradients are clipped to this norm
+COMMANDS = {name: f"python {name}.py" for name in ("train", "evaluate", "analyze")}
 
 
 def train(run):
@@ -175,8 +178,11 @@ class Run:
         self.tasks = data.load(settings.data, self.tok, settings.block_size, settings.eval_rows)
         self.checksums = {t.name: t.checksum() for t in self.tasks}
         self.row = data.stream(self.tasks, settings.seed)
-        self.phase, self.step = "train", 0
-        self.before = self.after = None
+        self.phase = "train"
+        self.step = 0
+        self.tokens = 0                         # that the present loop has read
+        self.before = None
+        self.after = None
         self.samples = []
         self.history = {"loss": [], "norm": [], "valid": [], "beta": [], "ranks": {}}
         if settings.method == "autolora":
@@ -195,9 +201,12 @@ class Run:
             self.optimizer.load_state_dict(saved["optimizer"])
 
     def restore(self, saved):
-        if saved["checksums"] != self.checksums:
+        if list(saved["checksums"].values()) != list(self.checksums.values()):
             raise ValueError(f"{self.settings.out}: the data has changed since the run began: its "
                              f"checksums were {saved['checksums']}, and are {self.checksums}")
+        for task, name in zip(self.tasks, saved["checksums"]):
+            task.name = name                    # the data may have moved, see --data
+        self.checksums = saved["checksums"]
         checkpoint.restore(saved, self.model)
         for name in ("phase", "step", "before", "history"):
             setattr(self, name, saved[name])
@@ -325,12 +334,13 @@ def print_plan(run):
 
 
 def print_results(run):
-    out = run.settings.out
+    out = shlex.quote(run.settings.out)
     print0("", results_table(run.tasks, run.before, run.after), "", *run.samples, "", sep="\n")
-    print0(f"saved    {out}, {os.path.getsize(out) / 1e6:.2f} MB, {run.parameters:,} parameters")
-    print0(f'next     python evaluate.py {out} --prompt "..."')
+    size = os.path.getsize(run.settings.out) / 1e6
+    print0(f"saved    {out}, {size:.2f} MB, {run.parameters:,} parameters")
+    print0(f'next     {COMMANDS["evaluate"]} {out} --prompt "..."')
     if not run.settings.scratch:
-        print0(f"         python analyze.py {out}")
+        print0(f"         {COMMANDS['analyze']} {out}")
 
 
 def parse(argv=None):
@@ -338,12 +348,13 @@ def parse(argv=None):
     count = cli.bounded(int, 1)
     share = cli.bounded(float, 0, 1)
     positive = cli.bounded(float, 0)
+    finite = cli.bounded(float, -math.inf)
     p = cli.parser(__doc__, "python train.py [options]")
     add = p.add_argument_group("method").add_argument
     add("--method", default="lora", choices=METHODS, help="what is trained (default: lora)")
     add("--targets", default=["all"], nargs="+", help="layers: q k v o up down, or all (default)")
     add("--rank", default=16, type=count, help="r of ΔW; autolora: k candidates (default: 16)")
-    add("--alpha", default=16.0, type=float, help="α: ΔW is scaled by α/r (default: 16)")
+    add("--alpha", default=16.0, type=finite, help="α: ΔW is scaled by α/r (default: 16)")
     add("--dropout", default=0.0, type=cli.bounded(float, 0, 0.999), help="before A (default: 0)")
     add("--ranks_from", metavar="CKPT", help="lora: give each layer its rank in this checkpoint")
     add("--n_blocks", default=4, type=count, help="multilora: n, which divides r (default: 4)")
@@ -396,7 +407,9 @@ def parse(argv=None):
 
 def validate_args(p, settings, explicit_flags):
     """Exit with argparse's error message if flags contradict each other."""
-    extra = explicit_flags - {"resume", "device", "compile", "model"}
+    if settings.alpha == 0:
+        p.error("--alpha 0 would keep ΔW at zero: nothing would be learned")
+    extra = explicit_flags - {"resume", "device", "compile", "model", "data"}
     if "resume" in explicit_flags and extra:
         p.error(f"--resume takes the settings from the run: omit --{' --'.join(sorted(extra))}")
     if settings.compile and settings.hypergrad == "exact":
@@ -409,37 +422,53 @@ def validate_args(p, settings, explicit_flags):
             p.error(f"--{flag} belongs to --method {' or '.join(methods)}, not {settings.method}")
 
 
-def open_interrupted_run(settings, explicit_flags):
+def open_interrupted_run(flags, explicit_flags):
     """(checkpoint, its settings) for --resume. Raises OSError or ValueError."""
-    changes = {name: getattr(settings, name) for name in explicit_flags}
-    saved, settings = checkpoint.open_run(settings.resume, changes)
-    settings.out = settings.resume
+    changes = {name: getattr(flags, name) for name in explicit_flags}
+    saved, settings = checkpoint.open_run(flags.resume, changes)
+    settings.out = flags.resume
     if saved["step"] is None:
         raise ValueError(f"{settings.out} is an adapter without a run of train.py to resume")
     if saved["after"]:
         raise ValueError(f"{settings.out}: the run has ended; start a new one with more --steps")
+    if settings.compile and settings.hypergrad == "exact":
+        raise ValueError(f"{settings.out}: a run with --hypergrad exact cannot be compiled: "
+                         "omit --compile")
+    missing = {*vars(flags), "optimizer"} - {*vars(settings), *saved}
+    if missing:
+        raise ValueError(f"{settings.out} is damaged or of another version: it has no "
+                         f"{', '.join(sorted(missing))}")
     return saved, settings
+
+
+@contextmanager
+def opened(settings, explicit_flags):
+    """The run that the flags describe. In the block, no other process can write its checkpoint."""
+    if settings.resume:
+        with checkpoint.locked(settings.resume):
+            saved, settings = open_interrupted_run(settings, explicit_flags)
+            yield Run(settings, saved)
+        return
+    run = Run(settings)
+    with checkpoint.reserved(settings.out, settings.method) as settings.out:
+        run.save()                              # so that a run killed early can be resumed
+        yield run
 
 
 def main(argv=None):
     settings, explicit_flags = parse(argv)
-    saved = None
-    with cli.one_line_errors():
-        if settings.resume:
-            saved, settings = open_interrupted_run(settings, explicit_flags)
-        run = Run(settings, saved)
-        if saved is None and distributed.is_main_process():
-            settings.out = checkpoint.reserve_path(settings.out, settings.method)
-            run.save()                      # so that a run killed early can be resumed
-        print_plan(run)
-    try:
+    with ExitStack() as stack:
+        with cli.one_line_errors():
+            run = stack.enter_context(opened(settings, explicit_flags))
         with cli.one_line_errors(OSError):
-            train(run)
-    except KeyboardInterrupt as e:
-        with cli.one_line_errors(OSError):
-            run.save()
-        print0(f"\nsaved; to continue: python train.py --resume {settings.out}")
-        sys.exit(getattr(e, "status", 130))
+            try:
+                print_plan(run)
+                train(run)
+            except KeyboardInterrupt as e:
+                run.save()
+                out = shlex.quote(str(run.settings.out))
+                print0(f"\nsaved; to continue: {COMMANDS['train']} --resume {out}")
+                sys.exit(getattr(e, "status", 130))
     if distributed.is_main_process():
         print_results(run)
     return run.after

@@ -141,6 +141,7 @@ def main():
         sys.exit(f"smollm.py: the model is {NAME}: leave out --model")
     if door == "train" and "--resume" not in argv:
         argv += ["--model", NAME]
+    train.COMMANDS = {name: f"python experiments/smollm.py {name}" for name in train.COMMANDS}
     checkpoint.base_model = lambda name: SmolLM()
     data.tokenizer = lambda vocab_size: Tokenizer()
     with cli.one_line_errors(), torch.set_grad_enabled(door == "train"):

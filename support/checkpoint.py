@@ -11,9 +11,11 @@ Checkpoints of train.py: what a file holds, and the way back from a file to a mo
                         `config` instead
     optimizer           its state dict, until the run has ended
 """
+import hashlib
 import os
+import secrets
 from argparse import Namespace
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +25,13 @@ import torch.nn as nn
 from model import GPT, PRESETS, read
 from support import adapter_state, distributed, interop
 
+try:
+    import fcntl
+except ImportError:             # on Windows, where nothing keeps two runs from one checkpoint
+    fcntl = None
+
 PARTS = "phase step parameters base checksums history before after samples".split()
+REQUIRED = "method model data seed dtype block_size batch_size eval_rows scratch".split()
 RENAMED = {"ranks": "ranks_from", "split": "search_split"}      # flags of earlier versions
 
 
@@ -100,17 +108,30 @@ def open_run(path, changes={}, alpha=None):
     saved = interop.read(Path(path))
     if not {"settings", *PARTS} <= saved.keys():
         saved = interop.to_run(saved, Path(path), alpha)
+    check_complete(saved, path)
     settings = {RENAMED.get(name, name): value for name, value in saved["settings"].items()}
     return saved, Namespace(**settings | changes)
+
+
+def check_complete(saved, path):
+    """Raise ValueError if a checkpoint lacks something that every command needs."""
+    dicts = {name for name, part in saved.items() if isinstance(part, dict)}
+    missing = sorted({"settings", "history"} - dicts)
+    if not {"adapter", "model"} & dicts:
+        missing.append("adapter")
+    missing = missing or [name for name in REQUIRED if name not in saved["settings"]]
+    if missing:
+        raise ValueError(f"{path} is damaged: it has no {', '.join(missing)}")
 
 
 def read_ranks(path, base):
     """{module name: rank} of the adapter in a checkpoint. Raises OSError, or ValueError unless the
     adapter was trained on the base model with this fingerprint and its search has ended."""
     saved = read(path)
-    adapter = saved.get("adapter", saved)
-    if "tensors" not in adapter:
-        raise ValueError(f"--ranks_from {path}: the file contains no adapter")
+    adapter = saved.get("adapter") or saved
+    if not {"layer", "base", "tensors"} <= adapter.keys():
+        raise ValueError(f"--ranks_from {path}: the file contains no adapter, or one of an early "
+                         "version of train.py")
     if adapter["base"] != base:
         raise ValueError(f"--ranks_from {path}: its adapter belongs to another base than --model")
     if adapter["layer"] == "AutoLoRALinear":
@@ -118,9 +139,27 @@ def read_ranks(path, base):
     return {name: len(own["A"]) for name, own in adapter["tensors"].items()}
 
 
-def reserve_path(path, method=None):
-    """Create `path`, or the first free out/METHOD.pt, as an empty file, so that no other run uses
-    it. Returns it. Raises ValueError if the file exists."""
+@contextmanager
+def reserved(path, method):
+    """
+    Create `path`, or the first free out/METHOD.pt, as an empty file, so that no other run uses it,
+    and lock it. If nothing has been written into it by the end of the block, it is removed. Raises
+    ValueError if the file exists.
+    """
+    if not distributed.is_main_process():
+        yield path
+        return
+    path = create_empty(path, method)
+    try:
+        with locked(path):
+            yield path
+    finally:
+        with suppress(FileNotFoundError):
+            if os.path.getsize(path) == 0:
+                os.unlink(path)
+
+
+def create_empty(path, method):
     free = [f"out/{method}.pt", *[f"out/{method}-{n}.pt" for n in range(2, 10_000)]]
     for name in [path] if path else free:
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
@@ -129,21 +168,51 @@ def reserve_path(path, method=None):
     raise ValueError(f"{path} exists already: choose another name, or continue its run by --resume")
 
 
+@contextmanager
+def locked(path):
+    """In the block, no other run can write this checkpoint. Raises OSError if another run does, or
+    if there is no such file."""
+    os.stat(path)
+    if fcntl is None or os.environ.get("RANK", "0") != "0":     # torchrun's others do not write
+        yield
+        return
+    lock = beside(path, "lock")
+    with open(lock, "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(f.fileno()).st_nlink == 0:              # another run has just removed it
+                raise BlockingIOError
+        except BlockingIOError:
+            raise OSError(f"{path} is in use by another run, which has to end first") from None
+        except OSError:
+            pass                                                # a file system without locks
+        for part in lock.parent.glob(beside(path, "*.part").name):
+            part.unlink()                       # left by a process that was killed while writing
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def beside(path, suffix):
+    """A hidden file next to `path`, with a short name even if the name of `path` is a long one."""
+    path = Path(path).resolve()
+    digits = hashlib.sha1(os.fsencode(path.name)).hexdigest()[:12]
+    return path.with_name(f".{digits}.{suffix}")
+
+
 def write(saved, path):
     """torch.save in the main process that leaves either the old file or the complete new one."""
     if not distributed.is_main_process():
         return
-    part = Path(f"{path}.part")
-    path = Path(path)
+    part = beside(path, f"{secrets.token_hex(6)}.part")
     try:
-        with open(part, "wb") as f:
+        with open(part, "xb") as f:
             torch.save(saved, f)
             f.flush()
             os.fsync(f.fileno())
-        part.replace(path)
+        part.replace(Path(path).resolve())              # a symbolic link remains one
     except RuntimeError as e:                           # torch raises it if the disk is full
-        raise OSError(f"{part} could not be written ({e})") from None
+        raise OSError(f"{path} could not be written ({e})") from None
     finally:
         part.unlink(missing_ok=True)
-        if path.exists() and path.stat().st_size == 0:          # reserved, but never written
-            path.unlink()

@@ -4,6 +4,7 @@ What the commands share: argument types, one-line errors, signals, progress, the
 import argparse
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -23,8 +24,9 @@ def bounded(kind, low, high=math.inf):
     """An argparse type: a `kind` (int or float) from `low` to `high`."""
     def convert(text):
         value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        if not low <= value <= high or abs(value) == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number between {low} and "
+                                             f"{high}")
         return value
 
     convert.__name__ = kind.__name__            # argparse's own messages show this name
@@ -90,17 +92,18 @@ class Progress:
         self.name = name
         self.first = first
         self.steps = steps
-        self.began = time.time()
+        self.began = time.monotonic()
 
     def show(self, done, loss, tokens):
         """Call it after step `done`; `tokens` counts the tokens since the first step."""
-        seconds = time.time() - self.began
+        seconds = max(time.monotonic() - self.began, 1e-9)
         left = round(seconds / (done - self.first) * (self.steps - done))
         text = (f"{self.name} {done:>{len(str(self.steps))}}/{self.steps}  loss {loss:7.4f}  "
                 f"{tokens / seconds:9,.0f} tokens/s  {left // 60:3}:{left % 60:02} left")
         last = done == self.steps
         if sys.stdout.isatty():
-            print0(f"\r{text:<79}", end="\n" if last else "")
+            width = shutil.get_terminal_size().columns - 1
+            print0(f"\r{text[:width]:<{width}}", end="\n" if last else "")
         elif last or done % max(1, self.steps // 10) == 0:
             print0(text)
 

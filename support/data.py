@@ -27,6 +27,8 @@ import torch
 from support.tasks import GROUPS, HELD_OUT, MIXTURE, SKILLS, builtin
 
 EOT = "<|endoftext|>"
+CACHED = ["vocab.bpe as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee",      # tiktoken's names
+          "encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"]
 FORMS = "a .jsonl file, a folder with train.jsonl and valid.jsonl, or text (.txt .txt.xz)"
 
 
@@ -41,8 +43,9 @@ def tokenizer(vocab_size):
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as e:      # tiktoken's HTTP library raises many kinds
-        raise ConnectionError(f"GPT-2's vocabulary could not be downloaded ({type(e).__name__}): "
-                              "set TIKTOKEN_CACHE_DIR to tiktoken's cache with gpt2") from None
+        raise ConnectionError(f"GPT-2's vocabulary could not be downloaded ({type(e).__name__}). "
+                              f"Save its {' and its '.join(CACHED)}, in one folder, and set "
+                              "TIKTOKEN_CACHE_DIR to that folder") from None
 
 
 class Row(NamedTuple):
@@ -151,12 +154,16 @@ def load(names, tok, block_size, eval_rows=200):
     """
     tasks = {}
     for group in names:
+        if group in {*GROUPS, *SKILLS, *MIXTURE} and Path(group).exists():
+            raise ValueError(f"{group} is built in and also a file or folder here: pass ./{group} "
+                             "for the latter, or rename it")
         for name in GROUPS.get(group, [group]):
             task = read_task(name, tok, block_size)
             if task.name in tasks:
                 raise ValueError(f"{name}: there is another task called {task.name}; rename one")
-            every = max(1, len(task.valid) // eval_rows)
-            task.valid = [task.valid[i] for i in range(0, len(task.valid), every)][:eval_rows]
+            n = len(task.valid)
+            if n > eval_rows:
+                task.valid = [task.valid[i * n // eval_rows] for i in range(eval_rows)]
             tasks[task.name] = task
     return list(tasks.values())
 
@@ -166,13 +173,18 @@ def read_task(name, tok, block_size):
     if name in SKILLS or name in MIXTURE:
         task = Task(name, *builtin(name))
     elif path.is_dir():
-        files = [path / "valid.jsonl", path / "test.jsonl"]
-        held_out = files[0] if files[0].is_file() else files[1]
+        held_out = path / "valid.jsonl"
+        if not held_out.is_file():
+            held_out = path / "test.jsonl"
+        if not held_out.is_file():
+            raise FileNotFoundError(f"{path} has neither valid.jsonl nor test.jsonl")
         task = Task(path.absolute().name, read_jsonl(path / "train.jsonl"), read_jsonl(held_out))
     elif path.is_file() and path.suffix == ".jsonl":
         task = Task(path.name, *hold_out(read_jsonl(path), name))
     elif path.is_file() and is_text(name):
         return Task(path.name, *windows(path, tok, block_size), text=True)
+    elif path.exists():
+        raise ValueError(f"{name} is none of these: {FORMS}")
     else:
         raise FileNotFoundError(f"there is no task {name}: pass {FORMS}, or a built-in task, "
                                 f"{' '.join([*GROUPS, *MIXTURE, *SKILLS])}")

@@ -1,9 +1,6 @@
-"""support/checkpoint.py: files are never lost or overwritten, and lead back to the same model; and
-the entry point in support/cli.py."""
-import io
+"""support/checkpoint.py: files are never lost or overwritten, and lead back to the same model."""
 import os
-import runpy
-import sys
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,7 @@ import evaluate
 import lora
 import train
 from autolora import AutoLoRALinear
-from conftest import ROOT, same
+from conftest import same
 from model import GPT, NANO, read
 from support import adapter_state, checkpoint, distributed
 from test_train import SMALL, killed_after, place, same_run, tensors, write_rows
@@ -31,12 +28,16 @@ def assert_refused(argv, message, capsys):
     assert message in err and err.count("\n") == 1, err
 
 
-def test_reserve_path_creates_a_file_that_did_not_exist():
-    for path, reserved in ((None, "out/lora.pt"), (None, "out/lora-2.pt"), ("a/b.pt", "a/b.pt")):
-        assert checkpoint.reserve_path(path, "lora") == reserved
-        assert os.path.getsize(reserved) == 0
+# One run for each file
+
+def test_a_path_is_reserved_by_an_empty_file_that_did_not_exist():
+    for path, name in ((None, "out/lora.pt"), (None, "out/lora-2.pt"), ("a/b.pt", "a/b.pt")):
+        with checkpoint.reserved(path, "lora") as reserved:
+            assert reserved == name and os.path.getsize(name) == 0
+            checkpoint.write({}, name)
     with pytest.raises(ValueError, match="a/b.pt exists already: .* or continue .* --resume"):
-        checkpoint.reserve_path("a/b.pt", "lora")
+        with checkpoint.reserved("a/b.pt", "lora"):
+            pass
 
 
 def test_a_run_does_not_overwrite_the_file_of_another(capsys):
@@ -47,10 +48,136 @@ def test_a_run_does_not_overwrite_the_file_of_another(capsys):
 
 
 def test_a_reserved_path_is_free_again_if_nothing_could_be_written(monkeypatch):
+    before = {*os.listdir()}
     monkeypatch.setattr(torch, "save", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        checkpoint.write({}, checkpoint.reserve_path("a.pt"))
-    assert not os.path.exists("a.pt") and not os.path.exists("a.pt.part")
+        train.main([*SMALL, "--out", "a.pt"])
+    assert {*os.listdir()} == before
+
+
+def test_a_process_deletes_only_its_own_reservation(capsys):
+    with checkpoint.reserved("a.pt", "lora"):
+        for argv, message in [([*SMALL, "--out", "a.pt"], "a.pt exists already"),
+                              (["--resume", "a.pt"], "a.pt is in use by another run")]:
+            assert_refused(argv, message, capsys)
+            assert os.path.exists("a.pt")
+    assert not os.path.exists("a.pt")
+
+
+def test_a_second_run_cannot_write_the_same_file(monkeypatch, capsys):
+    """The lock holds before the checkpoint is read, and after it was replaced; a link to the file
+    does not avoid it."""
+    argv = [*SMALL, *"--steps 3 --eval_every 1".split()]
+    train.main([*argv, "--out", "whole.pt"])
+    killed_after(2, [*argv, "--out", "a.pt"], monkeypatch)
+    os.symlink("a.pt", "link.pt")
+    write = checkpoint.write
+    tried = []
+
+    def write_and_try(saved, path):
+        write(saved, path)
+        for name in ("a.pt", "link.pt", os.path.abspath("a.pt")):
+            with monkeypatch.context() as m:
+                m.setattr(checkpoint, "open_run", lambda *_: pytest.fail("the file was read"))
+                assert_refused(["--resume", name], f"{name} is in use by another run", capsys)
+            tried.append(name)
+
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "write", write_and_try)
+        train.main(["--resume", "a.pt"])
+    assert len(tried) == 6 and same_run("a.pt", "whole.pt")     # after step 2 and at the end
+    with checkpoint.locked("a.pt"), checkpoint.locked("whole.pt"):
+        pass                                                    # it is free; each file has its own
+
+
+def test_no_lock_is_taken_where_it_would_be_wrong_or_impossible(monkeypatch):
+    """torchrun's other processes do not write, and some file systems and Windows have no locks."""
+    Path("a.pt").touch()
+    monkeypatch.setenv("RANK", "1")
+    with checkpoint.locked("a.pt"), checkpoint.locked("a.pt"):
+        pass
+    monkeypatch.setenv("RANK", "0")
+    with checkpoint.locked("a.pt"), pytest.raises(OSError, match="a.pt is in use by another run"):
+        with checkpoint.locked("a.pt"):
+            pass
+    with monkeypatch.context() as m, checkpoint.locked("a.pt"):
+        m.setattr(checkpoint, "fcntl", None)
+        with checkpoint.locked("a.pt"):
+            pass
+
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with checkpoint.locked("a.pt"):
+        pass
+
+
+def test_the_lock_of_a_file_that_was_just_removed_is_not_held(monkeypatch):
+    """The other run ends after this one opened the lock's file, and a third one starts."""
+    Path("a.pt").touch()
+    flock = checkpoint.fcntl.flock
+
+    def late_flock(*arguments):
+        for file in Path().glob(".*.lock"):
+            file.unlink()
+        flock(*arguments)
+
+    monkeypatch.setattr("fcntl.flock", late_flock)
+    with pytest.raises(OSError, match="a.pt is in use by another run"):
+        with checkpoint.locked("a.pt"):
+            pass
+
+
+# Files that are written completely or not at all
+
+def test_a_process_killed_while_writing_leaves_the_last_checkpoint_and_no_litter(monkeypatch):
+    argv = [*SMALL, *"--steps 3 --eval_every 1".split()]
+    train.main([*argv, "--out", "whole.pt"])
+    killed_after(2, [*argv, "--out", "a.pt"], monkeypatch)
+    before = {*os.listdir()}
+
+    def half_of_it(saved, f):
+        f.write(b"half of it")
+        f.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        torch.save = half_of_it
+        train.main(["--resume", "a.pt"])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(os.listdir()) == len(before) + 2                 # the partial file, and the lock's
+    assert read("a.pt")["step"] == 1
+    train.main(["--resume", "a.pt"])
+    assert same_run("a.pt", "whole.pt") and {*os.listdir()} == before
+
+
+@pytest.mark.parametrize("length", [248, 251, 255])
+def test_a_name_of_any_length_that_the_file_system_allows(length):
+    before = {*os.listdir()}
+    name = "a" * (length - 3) + ".pt"
+    train.main([*SMALL, "--steps", "1", "--out", name])
+    assert {*os.listdir()} == {name, *before} and read(name)["after"]
+
+
+def test_a_name_that_is_too_long_leaves_no_file(capsys):
+    before = {*os.listdir()}
+    assert_refused([*SMALL, "--out", 256 * "a"], "File name too long", capsys)
+    assert {*os.listdir()} == before
+
+
+def test_writing_follows_a_symbolic_link_and_the_umask():
+    os.mkdir("elsewhere")
+    Path("elsewhere/a.pt").write_text("")
+    os.symlink("elsewhere/a.pt", "a.pt")
+    checkpoint.write({"x": 1}, "a.pt")
+    assert os.path.islink("a.pt") and read("elsewhere/a.pt") == {"x": 1}
+    assert os.listdir("elsewhere") == ["a.pt"]
+    old = os.umask(0o022)
+    checkpoint.write({}, "b.pt")
+    os.umask(old)
+    assert os.stat("b.pt").st_mode & 0o777 == 0o644
 
 
 def test_only_the_main_process_writes(monkeypatch):
@@ -76,7 +203,7 @@ def test_a_full_disk_stops_a_run_but_keeps_its_last_checkpoint(error, monkeypatc
     with monkeypatch.context() as m:
         m.setattr(torch, "save", disk_is_full)
         assert_refused([*argv, "--out", "a.pt"], error.args[-1], capsys)
-    assert read("a.pt")["step"] == 1                    # not the content of a.pt.part
+    assert read("a.pt")["step"] == 1                    # not the content of the partial file
     train.main(["--resume", "a.pt"])
     assert same_run("a.pt", "whole.pt")
 
@@ -95,8 +222,13 @@ def test_resume_requires_the_same_data_and_base_model_and_an_unfinished_run(caps
         assert_refused(["--resume", "a.pt"], "a.pt: the data has changed since", capsys)
         write_rows(f"d/{name}.jsonl", "abcdefgh")
     os.rename("base.pt", "moved.pt")
-    train.main(["--resume", "a.pt", "--model", "moved.pt"])
+    os.rename("d", "data moved")
+    assert_refused(["--resume", "a.pt", "--model", "moved.pt"], "there is no task d", capsys)
+    moved = ["--model", "moved.pt", "--data", "data moved"]
+    train.main(["--resume", "a.pt", *moved])
     assert same(tensors("a.pt"), tensors("ended.pt"))
+    assert read("a.pt")["after"] == read("ended.pt")["after"]       # the task keeps its name
+    assert evaluate.main(["a.pt", "--device", "cpu"]).keys() == {"data moved"}
 
 
 def test_a_fully_fine_tuned_checkpoint_is_not_restored_into_another_base_model():
@@ -105,7 +237,32 @@ def test_a_fully_fine_tuned_checkpoint_is_not_restored_into_another_base_model()
         checkpoint.restore(saved, GPT.from_pretrained("base.pt"))
 
 
-def test_read_ranks_of_an_adapter_and_its_three_errors():
+@pytest.mark.parametrize("change, missing", [
+    ({"adapter": None}, "adapter"), ({"settings": None}, "settings"), ({"history": 3}, "history"),
+    ({"settings": {"method": "lora"}}, "model, data, seed, dtype, block_size, batch_size"),
+    ({"optimizer": None}, None)])
+def test_damaged_checkpoints_have_one_line_errors(change, missing, monkeypatch, capsys):
+    killed_after(1, [*SMALL, "--out", "a.pt"], monkeypatch)
+    saved = read("a.pt") | change
+    if missing is None:                         # these are needed to resume only
+        del saved["optimizer"], saved["settings"]["lr"]
+    torch.save(saved, "a.pt")
+    if missing is None:
+        assert_refused(["--resume", "a.pt"], "a.pt is damaged or of another version: it has no lr, "
+                       "optimizer", capsys)
+        return
+    assert_refused(["--resume", "a.pt"], f"a.pt is damaged: it has no {missing}", capsys)
+    with pytest.raises(ValueError, match=f"^a.pt is damaged: it has no {missing}"):
+        checkpoint.open_run("a.pt")
+
+
+def test_an_interrupted_exact_search_cannot_be_compiled(monkeypatch, capsys):
+    killed_after(1, [*SEARCH, "--hypergrad", "exact", "--out", "a.pt"], monkeypatch)
+    assert_refused(["--resume", "a.pt", "--compile"],
+                   "a.pt: a run with --hypergrad exact cannot be compiled: omit --compile", capsys)
+
+
+def test_read_ranks_of_an_adapter_and_its_errors():
     model = GPT.from_pretrained("base.pt")
     base = adapter_state.fingerprint(model)
     ranks = {"h.0.attn.q": 3, "h.1.mlp.up": 5}
@@ -115,10 +272,14 @@ def test_read_ranks_of_an_adapter_and_its_three_errors():
         torch.save({"adapter": adapter_state.state_dict(model)}, path)
         lora.remove(model)
     torch.save(read("found.pt")["adapter"], "by_hand.pt")
+    torch.save({"adapter": {"h.0.attn.q": {"A": torch.ones(3, 16)}}}, "early.pt")
+    torch.save({"adapter": None}, "damaged.pt")
     assert checkpoint.read_ranks("found.pt", base) == ranks
     assert checkpoint.read_ranks("by_hand.pt", base) == ranks
     for path, fingerprint, message in [
             ("base.pt", base, "base.pt: the file contains no adapter"),
+            ("early.pt", base, "early.pt: the file contains no adapter, or one of an early "),
+            ("damaged.pt", base, "damaged.pt: the file contains no adapter"),
             ("found.pt", "0123", "found.pt: its adapter belongs to another base than --model"),
             ("search.pt", base, "search.pt: the search for ranks has not ended")]:
         with pytest.raises(ValueError, match=f"^--ranks_from {message}"):
@@ -175,17 +336,3 @@ def test_a_finished_checkpoint_of_an_earlier_version_is_read(capsys):
     assert not {"ranks", "split"} & vars(settings).keys()
     evaluate.main([str(NANO), "--prompt", "reverse abc", "--device", "cpu"])
     assert capsys.readouterr().out.split()[-2:] == ["->", "cba"]
-
-
-@pytest.mark.parametrize("name, argv", [("train.py", SMALL), ("evaluate.py", ["a.pt"])])
-def test_terminals_without_greek_letters_and_closed_pipes(name, argv, monkeypatch, capsys):
-    train.main([*SMALL, "--steps", "1", "--out", "a.pt"])
-    read_end, write_end = os.pipe()
-    os.close(read_end)
-    for words, stdout, status in [(["--help"], io.TextIOWrapper(io.BytesIO(), "cp1252"), 0),
-                                  (argv, os.fdopen(write_end, "w"), 141)]:
-        monkeypatch.setattr(sys, "argv", [name, *words])
-        monkeypatch.setattr(sys, "stdout", stdout)
-        with pytest.raises(SystemExit, match=f"^{status}$"):
-            runpy.run_path(str(ROOT / name), run_name="__main__")       # as python does
-    assert not capsys.readouterr().err

@@ -1,6 +1,7 @@
 """support/cli.py: argument types, one-line errors, signals, progress, the entry point."""
 import argparse
 import io
+import math
 import os
 import signal
 import sys
@@ -18,11 +19,17 @@ def test_bounded_converts_a_number_within_its_limits():
     p.add_argument("--share", type=cli.bounded(float, 0, 1))
     p.add_argument("--n", type=cli.bounded(int, 1))
     assert vars(p.parse_args(["--share", "1", "--n", "1"])) == {"share": 1.0, "n": 1}
-    for words, message in [("--share 1.5", "argument --share: 1.5 is not between 0 and 1"),
-                           ("--share nan", "argument --share: nan is not between 0 and 1"),
-                           ("--n 0", "argument --n: 0 is not between 1 and inf"),
-                           ("--n 1.5", "argument --n: invalid int value: '1.5'")]:
-        with pytest.raises(argparse.ArgumentError, match=message):
+    p.add_argument("--any", type=cli.bounded(float, -math.inf))
+    assert p.parse_args(["--any=-1e300"]).any == -1e300
+    wrong = "is not a finite number between"
+    for words, message in [("--share 1.5", f"argument --share: 1.5 {wrong} 0 and 1"),
+                           ("--share nan", f"argument --share: nan {wrong} 0 and 1"),
+                           ("--n 0", f"argument --n: 0 {wrong} 1 and inf"),
+                           ("--n 1.5", "argument --n: invalid int value: '1.5'"),
+                           ("--any inf", f"argument --any: inf {wrong} -inf and inf"),
+                           ("--any=-inf", f"argument --any: -inf {wrong} -inf and inf"),
+                           ("--any nan", f"argument --any: nan {wrong} -inf and inf")]:
+        with pytest.raises(argparse.ArgumentError, match=f"^{message}$"):
             p.parse_args(words.split())
 
 
@@ -104,7 +111,7 @@ def test_a_signal_ends_a_command_without_a_traceback(number, status, handled):
 
 # Terminals ----------------------------------------------------------------------------------------
 def test_progress_is_ten_lines_in_a_file_and_one_line_on_a_terminal(monkeypatch, capsys):
-    clock = SimpleNamespace(time=iter(range(100, 10_000, 2)).__next__)          # 2 s for each call
+    clock = SimpleNamespace(monotonic=iter(range(100, 10_000, 2)).__next__)     # 2 s for each call
     monkeypatch.setattr(cli, "time", clock)
 
     def run():
@@ -117,9 +124,19 @@ def test_progress_is_ten_lines_in_a_file_and_one_line_on_a_terminal(monkeypatch,
     assert [line.split()[1] for line in lines] == [f"{step}/40" for step in range(8, 41, 4)]
     assert lines[0] == "train  8/40  loss  1.2500        300 tokens/s    1:04 left"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    shown = run()
-    assert shown.count("\r") == 36 and shown.count("\n") == 1 and shown.endswith("\n")
-    assert {len(line) for line in shown[1:-1].split("\r")} == {79}
+    for columns in (80, 40):                            # a longer line would be wrapped
+        monkeypatch.setenv("COLUMNS", str(columns))
+        shown = run()
+        assert shown.count("\r") == 36 and shown.count("\n") == 1 and shown.endswith("\n")
+        assert {len(line) for line in shown[1:-1].split("\r")} == {columns - 1}
+        assert shown.startswith("\rtrain  5/40  loss  1.2500")
+
+
+def test_progress_with_a_clock_that_does_not_advance(monkeypatch, capsys):
+    """Some clocks tick only every 16 ms. (A clock that is set back is not used.)"""
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    cli.Progress("train", 0, 10).show(1, torch.tensor(1.25), tokens=600)
+    assert capsys.readouterr().out.startswith("train  1/10  loss  1.2500")
 
 
 def test_terminals_without_greek_letters_and_closed_pipes(monkeypatch):

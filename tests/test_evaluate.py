@@ -19,23 +19,37 @@ FP32 = Namespace(batch_size=3, dtype="fp32")
 ON_CPU = ["--device", "cpu"]
 
 
-def test_evaluate_counts_tokens_and_exact_matches():
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
+def test_evaluate_counts_tokens_and_exact_matches(batch_size):
+    settings = Namespace(batch_size=batch_size, dtype="fp32")
     model = random_gpt(dtype=torch.float32).train()
     texts = ("ab", "c"), ("abc", "defgh"), ("b", "xy"), ("q" * 40, "r" * 20)
     rows = [data.encode(TOK, *text) for text in texts]
-    for prompt in ("abc", "b"):     # for each, a row that the model gets right and one it does not
+    for prompt in ("abc", "b"):     # for each, a row that the model gets right and two it does not
         ids = [*prompt.encode(), TOK.eot_token]
         new, = model.generate([ids], 20, stop=TOK.eot_token)
         rows.append(data.Row([*ids, *new, TOK.eot_token], len(ids)))
         rows.append(data.Row([*ids, *new, 65, TOK.eot_token], len(ids)))
+        rows.append(data.Row([*ids, *new[:-1], TOK.eot_token], len(ids)))   # the model continues
     tasks = [Task("t", [], rows), Task("text", [], rows, text=True)]
-    got = evaluate.evaluate(model, tasks, TOK, FP32, CPU, generate=True)
+    got = evaluate.evaluate(model, tasks, TOK, settings, CPU, generate=True)
     tokens = [len(row.ids) - row.prompt_len for row in rows]
     losses = [model(*data.collate([row]))[1].item() for row in rows]
     mean = sum(n * loss for n, loss in zip(tokens, losses)) / sum(tokens)
-    assert got["t"] == {"loss": pytest.approx(mean, rel=1e-5), "exact": 2 / 8}
+    assert got["t"] == {"loss": pytest.approx(mean, rel=1e-5), "exact": 2 / 10}
     assert got["text"] == {"loss": got["t"]["loss"]}
     assert model.training
+
+
+def test_the_first_prompts_of_every_task_end_with_eot_except_for_plain_text():
+    rows = [data.encode(TOK, f"prompt {i}", "a completion of it") for i in range(5)]
+    prompts = [[*f"prompt {i}".encode(), TOK.eot_token] for i in range(5)]
+    windows = [data.Row([*range(i, i + 40)], 1) for i in range(5)]
+    text = Task("text", [], windows, text=True)
+    assert evaluate.first_prompts([Task("a", [], rows)]) == prompts[:3]
+    assert evaluate.first_prompts([text]) == [[*range(i, i + 16)] for i in range(3)]
+    tasks = [Task("a", [], rows), text, Task("b", [], rows[1:]), Task("c", [], rows[2:])]
+    assert evaluate.first_prompts(tasks) == [prompts[0], [*range(16)], prompts[1], prompts[2]]
 
 
 def test_the_table_has_79_columns_and_a_mean():
@@ -118,15 +132,29 @@ def test_a_model_from_scratch_is_stored_in_half_precision():
     ("base.pt", "base.pt is neither a checkpoint of train.py nor an adapter"),
     ("missing.pt", "No such file or directory: 'missing.pt'"),
     ("a.pt --base nano", "trained on another base model"),
-    ("a.pt --export base.pt", "base.pt exists already"),
+    ("full.pt --base other.pt", "trained on another base model: its fingerprint is"),
+    ("full.pt --base other.pt --prompt x", "trained on another base model"),
+    ("full.pt --base other.pt --export x.bin", "trained on another base model"),
+    ("a.pt --export base.pt", "--export base.pt: it exists already; choose another name"),
+    ("a.pt --export folder", "--export folder: it exists already; choose another name"),
+    ("full.pt --export x", "full fine-tuning has no adapter: pass a file name such as model.bin"),
+    ("damaged.pt", "damaged.pt is damaged: it has no adapter"),
     ("a.pt --prompt " + 99 * "x", "only 0 would fit"),
     ("by_hand.pt --base base.pt", "by_hand.pt does not contain its tasks: pass --data"),
 ])
 def test_errors_are_one_line_that_says_what_is_wrong(argv, message, capsys):
+    files = {"base.pt", "rows.jsonl", "a.pt", "full.pt", "other.pt", "by_hand.pt", "damaged.pt",
+             "folder"}
     train.main([*SMALL, "--steps", "1", "--out", "a.pt"])
+    train.main([*SMALL, "--method", "full", "--steps", "1", "--out", "full.pt"])
+    other = {"model": random_gpt(seed=1).state_dict(), "config": read("base.pt")["config"]}
+    torch.save(other, "other.pt")
     torch.save(read("a.pt")["adapter"], "by_hand.pt")
+    torch.save(read("a.pt") | {"adapter": None}, "damaged.pt")
+    os.mkdir("folder")
     capsys.readouterr()
     with pytest.raises(SystemExit, match="^2$"):
         evaluate.main(argv.split())
     out, err = capsys.readouterr()
     assert message in err and err.count("\n") == 1 and not out
+    assert {*os.listdir()} == files

@@ -79,14 +79,38 @@ def test_initial_weights():
             assert abs(p.std() / want - 1) < 0.1, name
 
 
-@pytest.mark.parametrize("name, count", [
-    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
-    ("gpt2-xl", 1_557_611_200), ("tiny", 3_382_080)])
-def test_presets_have_gpt2s_vocabulary_and_the_published_sizes(name, count):
+RELEASED = {        # name: layers, heads, width, parameters
+    "gpt2": (12, 12, 768, 124_439_808), "gpt2-medium": (24, 16, 1024, 354_823_168),
+    "gpt2-large": (36, 20, 1280, 774_030_080), "gpt2-xl": (48, 25, 1600, 1_557_611_200),
+}
+
+
+@pytest.mark.parametrize("name", [*RELEASED, "tiny", "nano"])
+def test_presets_have_the_published_sizes(name):
     with torch.device("meta"):
         model = GPT(PRESETS[name])
-    assert model.wte.weight.size(0) == 50257 and model.wpe.weight.size(0) == 1024
+    layers, heads, width, count = RELEASED.get(name, (2, 1, 64, 3_382_080))
+    V, T = 50257, 1024
+    if name == "nano":
+        model = GPT.from_pretrained(name)
+        layers, heads, width, count = 4, 4, 128, 891_776
+        V, T = 257, 512
+    assert model.config == PRESETS[name] == GPTConfig(V, T, layers, heads, width)
+    assert len(model.h) == layers and {block.attn.n_head for block in model.h} == {heads}
+    assert model.wte.weight.shape == (V, width) and model.wpe.weight.shape == (T, width)
     assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_files_have_heads_of_64_at_every_width(name, tmp_path):
+    """They do not contain the number of heads."""
+    _, heads, width, _ = RELEASED[name]
+    with torch.device("meta"):
+        released = GPT(GPTConfig(9, 8, 1, heads, width)).hf_state_dict()
+    torch.save({key: torch.zeros(t.shape) for key, t in released.items()}, tmp_path / "a.bin")
+    model = GPT.from_pretrained(tmp_path / "a.bin")
+    assert model.config == GPTConfig(9, 8, 1, heads, width)
+    assert model.h[0].attn.n_head == heads and width == 64 * heads
 
 
 # Generation ---------------------------------------------------------------------------------------
@@ -112,8 +136,23 @@ def test_generation_stops_at_the_stop_token_and_without_dropout(gpt):
     stop = free[0][3]
     ended = gpt.train().generate(PROMPTS, 20, stop=stop)
     assert ended == [r[:r.index(stop)] if stop in r else r for r in free]
-    assert len(ended[0]) < 20
     assert gpt.training                                                 # its mode is restored
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[1:], PROMPTS])
+def test_generation_stops_when_the_last_row_has_ended(gpt, prompts):
+    """It makes no pass through the model whose result would be cut off."""
+    free = gpt.generate(prompts, 20)
+    longest = 0
+    stop = free[0][3]
+    for row in free:
+        longest = max(longest, row.index(stop) if stop in row else 19)
+    passes = []
+    gpt.ln_f.register_forward_hook(lambda *_: passes.append(1))
+    ended = gpt.generate(prompts, 20, stop=stop)
+    assert ended == [row[:row.index(stop)] if stop in row else row for row in free]
+    assert len(passes) == longest + 1                                   # one for the stop token
+    assert len(prompts) > 1 or len(passes) <= 4
 
 
 def test_the_block_can_be_filled_exactly(gpt):

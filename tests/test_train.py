@@ -1,6 +1,8 @@
 """train.py: the loop and the search written out, interrupted runs, errors."""
 import json
+import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import lora
 import train
 from autolora import AutoLoRALinear
-from conftest import ROOT, TINY, random_gpt, same
+from conftest import ROOT, TINY, random_gpt, randomise, same
 from model import GPT, GPTConfig, read
 from multilora import MultiLoRALinear
 from support import adapter_state, checkpoint, cli, data, distributed
@@ -184,6 +186,68 @@ def test_training_equals_the_loop_by_hand(method, layer, adapter):
             assert 0 < moved and (got[name] - p).norm() < 0.01 * moved, name
 
 
+def new_run(argv):
+    """A run before its first step, whose adapter has random values, so that dropout matters."""
+    run = train.Run(train.parse([*argv, "--out", "new.pt"])[0])
+    randomise(run.model)
+    return run
+
+
+@pytest.mark.parametrize("method, own", [
+    ("lora", {"alpha": 5.0, "dropout": 0.3}),
+    ("multilora", {"n_blocks": 2, "scaling": "vector", "dropout": 0.3}),
+    ("autolora", {"alpha": 5.0, "gate": "sigmoid", "dropout": 0.3})])
+def test_a_methods_flags_reach_every_layer(method, own):
+    options = [f"--{name}={value}" for name, value in own.items()]
+    layers = lora.adapters(new_run(flags(method, " ".join(options))).model).values()
+    assert len(layers) == 12
+    for m in layers:
+        assert adapter_state.settings_of(m) == own
+
+
+@pytest.mark.parametrize("method", ["lora", "multilora", "autolora"])
+def test_dropout_masks_depend_on_the_seed_the_phase_and_the_step(method):
+    run = new_run(flags(method, "--dropout 0.5 --device cpu"))
+    first = run.row(0)
+
+    def loss(seed, phase, step):
+        run.settings.seed = seed
+        run.phase = phase
+        return sum(part.item() for part in train.loss_parts(run, lambda i: first, step))
+
+    run.model.train()
+    losses = [loss(0, "train", 0), loss(1, "train", 0), loss(0, "search", 0), loss(0, "train", 1)]
+    assert len(set(losses)) == 4
+    assert loss(0, "train", 0) == losses[0]
+    run.model.eval()
+    assert loss(0, "train", 0) == loss(1, "train", 0)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_activations_are_bf16_with_bf16_in_training_evaluation_and_generation(method):
+    seen = set()
+
+    def note(module, args, out):
+        seen.add((module.training, out.size(1) == 1, out.dtype))
+
+    for dtype, want in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        seen.clear()
+        run = new_run(flags(method, f"--dtype {dtype} --batch_size 2 --eval_rows 2 --steps 1"))
+        run.model.h[1].mlp.down.register_forward_hook(note)
+        train.train(run)
+        assert seen == {(True, False, want), (False, False, want), (False, True, want)}
+        assert all(math.isfinite(x) for x in run.history["loss"])
+
+
+def test_a_model_from_scratch_depends_on_the_seed():
+    weights = []
+    for seed in (0, 1, 1):
+        argv = f"--method full --scratch --model nano --device cpu --dtype fp32 --seed {seed}"
+        settings, _ = train.parse(argv.split())
+        weights.append(checkpoint.start_model(settings, torch.device("cpu")).h[2].attn.k.weight)
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
+
+
 @pytest.mark.parametrize("dropout", [0, 0.5])
 def test_dropout_masks_differ_between_steps_and_processes(dropout, monkeypatch):
     """All rows are alike and the learning rate is 0, so that nothing else can differ."""
@@ -256,6 +320,20 @@ def test_all_passes_of_a_search_step_have_the_same_dropout_masks(monkeypatch):
         train.main(flags("autolora", more))
         betas.append(read(f"{hypergrad}.pt")["history"]["beta"][-1][1])
     assert betas[0].norm() > 0.1 and near(*betas, 0.01)
+    train.main(flags("autolora", "--hypergrad exact --steps 1 --out without.pt"))
+    without = read("without.pt")["history"]["beta"][-1][1]
+    assert not near(betas[0], without, 0.1)                     # there was dropout
+
+
+@pytest.mark.parametrize("steps, recorded", [(201, [200, 201]), (200, [200]), (99, [98, 99])])
+def test_a_hundred_betas_are_recorded_and_always_the_last_one(steps, recorded):
+    """The figure of the search draws them. Here only the end of the search is run."""
+    run = new_run(flags("autolora", f"--search_steps {steps}"))
+    run.step = steps - len(recorded)
+    train.loop(run, train.search_gradients, steps)
+    assert [step for step, _ in run.history["beta"]] == recorded
+    last = torch.stack([m.beta.detach() for m in lora.adapters(run.model).values()])
+    assert torch.equal(run.history["beta"][-1][1], last)
 
 
 def test_the_ranks_come_from_the_last_beta_and_ranks_from_uses_them_again():
@@ -291,13 +369,14 @@ def test_a_run_killed_after_each_of_its_checkpoints_ends_as_if_uninterrupted(kin
     assert same_run("a.pt", "whole.pt")
 
 
-def test_kill_9_at_any_moment():
+def test_kill_9_at_any_moment_and_a_second_process_before_it(capsys):
     argv = [*KINDS["autolora"], "--steps", "15", "--search_steps", "15"]
     run = subprocess.Popen([sys.executable, ROOT / "train.py", *argv], stdout=subprocess.DEVNULL)
     file = Path("out/autolora.pt")
     while not file.exists() or not file.stat().st_size:
         assert run.poll() is None
         time.sleep(0.01)
+    assert "is in use by another run" in error_of(["--resume", str(file)], capsys)
     time.sleep(0.1)
     run.kill()
     run.wait()
@@ -362,10 +441,45 @@ def test_a_signal_saves_the_run_and_prints_how_to_resume_it(
     assert same_run("a.pt", "whole.pt")
 
 
+def test_suggested_commands_are_quoted_for_the_shell(capsys):
+    name = "my run's $1.pt"
+    with signal_after(signal.SIGINT, torch.optim.AdamW, "step", 1):
+        exit_status([*flags("lora", "--steps 2"), "--out", name])
+    argv = shlex.split(capsys.readouterr().out.splitlines()[-1].partition(": ")[2])
+    assert argv == ["python", "train.py", "--resume", name]
+    train.main(argv[2:])
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert shlex.split(first) == ["next", "python", "evaluate.py", name, "--prompt", "..."]
+    assert shlex.split(second) == ["python", "analyze.py", name]
+
+
+def test_smollm_suggests_its_own_commands(monkeypatch, capsys):
+    """Here with a small GPT in place of SmolLM2."""
+    import smollm
+    for owner, name in [(train, "COMMANDS"), (checkpoint, "base_model"), (data, "tokenizer")]:
+        monkeypatch.setattr(owner, name, getattr(owner, name))      # smollm.main replaces them
+    monkeypatch.setattr(smollm, "SmolLM", lambda: GPT.from_pretrained("base.pt"))
+    monkeypatch.setattr(smollm, "Tokenizer", partial(data.tokenizer, 257))
+    argv = "train --data rows.jsonl --batch_size 8 --device cpu --steps 1 --out a.pt".split()
+    monkeypatch.setattr(sys, "argv", ["smollm.py", *argv])
+    smollm.main()
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first == 'next     python experiments/smollm.py evaluate a.pt --prompt "..."'
+    assert second.strip() == "python experiments/smollm.py analyze a.pt"
+
+
 def test_a_signal_while_the_last_checkpoint_is_written_changes_nothing(capsys):
     with signal_after(signal.SIGINT, torch, "save", 2):
         cli.run_main(partial(train.main, flags("lora", "--steps 1 --out a.pt")))
     assert read("a.pt")["after"] and "next     python evaluate.py" in capsys.readouterr().out
+
+
+def test_a_signal_in_a_process_that_writes_no_checkpoint(monkeypatch, capsys):
+    """It has no --out and prints nothing."""
+    monkeypatch.setattr(distributed, "is_main_process", lambda: False)
+    with signal_after(signal.SIGINT, torch.optim.AdamW, "step", 1):
+        assert exit_status(KINDS["lora"]) == 130
+    assert {*os.listdir()} == {"base.pt", "rows.jsonl"} and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("in_step, in_save", [(2, 0), (1, 1)])
@@ -376,7 +490,7 @@ def test_a_second_signal_ends_the_program_at_once(in_step, in_save, capsys):
             assert exit_status([*KINDS["lora"], "--out", "a.pt"]) == 143
     assert "to continue" not in capsys.readouterr().out
     assert read("a.pt")["step"] == 1                        # the previous checkpoint
-    assert not Path("a.pt.part").exists()
+    assert {*os.listdir()} == {"a.pt", "base.pt", "rows.jsonl"}
 
 
 # Errors -------------------------------------------------------------------------------------------
@@ -411,12 +525,21 @@ def error_of(argv, capsys):
     ("--out /proc/a.pt", "/proc/a.pt"),
     ("--method full --scratch --model gpt5", "--scratch needs a --model from nano tiny gpt2 "),
     ("--method multilora --alpha=4", "--alpha belongs to --method lora or autolora, not multilora"),
-    ("--resume a.pt --lr 1", "--resume takes the settings from the run: omit --batch_size --data"),
-    ("--rank 0", "argument --rank: 0 is not between 1 and inf"),
+    ("--resume a.pt --lr 1", "--resume takes the settings from the run: omit --batch_size --lr"),
+    ("--rank 0", "argument --rank: 0 is not a finite number between 1 and inf"),
+    ("--method autolora --eta inf", "argument --eta: inf is not a finite number between 0 and inf"),
+    ("--lr nan", "argument --lr: nan is not a finite number"),
+    ("--alpha=-inf", "argument --alpha: -inf is not a finite number"),
+    ("--alpha 0", "--alpha 0 would keep ΔW at zero: nothing would be learned"),
+    ("--method autolora --alpha 0", "--alpha 0 would keep ΔW at zero: nothing would be learned"),
+    ("--data d", "d has neither valid.jsonl nor test.jsonl"),
+    ("--data rows.csv", "rows.csv is none of these: a .jsonl file"),
     ("--method autolora --hypergrad exact --compile", "omit --compile"),
     ("--ranks_from a.pt --rank 3", "omit --rank and --targets"),
 ])
 def test_errors_are_one_line_that_says_what_to_do(argv, message, capsys):
+    os.mkdir("d")
+    Path("rows.csv").write_text("prompt,completion")
     assert message in error_of([*SMALL, "--steps", "1", *argv.split()], capsys)
     assert not os.path.exists("out")
 
@@ -433,6 +556,7 @@ def test_each_reason_why_a_run_cannot_be_resumed_has_its_own_message(capsys):
         "peft": "peft is an adapter without a run of train.py to resume",
         "by_hand.pt": "by_hand.pt is an adapter without a run of train.py to resume",
         "missing.pt": "No such file or directory: 'missing.pt'",
+        "no/folder/a.pt": "No such file or directory: 'no/folder/a.pt'",
         "base.pt": "base.pt is neither a checkpoint of train.py nor an adapter",
     }.items():
         assert message in error_of(["--resume", name], capsys)
