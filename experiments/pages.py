@@ -151,7 +151,7 @@ def missing_runs():
         for name, row in runs.read_grid([setting]).items():
             found = set(results.runs(name, f"{claims.MODEL[setting]}_runs.csv"))
             missing = set(row["seeds"]) - found
-            if missing and not row["program"].startswith("measure"):
+            if missing and row["measure"] != "no training":
                 planned = len(row["seeds"])
                 lines.append((name, SETTINGS[setting], planned - len(missing), planned))
     if not lines:

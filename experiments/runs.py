@@ -46,8 +46,8 @@ MEASURES = {                                    # what follows the training of a
     "test": "measure.py {out}",
     "test+skills": "measure.py {out} --skills",
     "test+novels": "smollm.py measure {out} --text {dir}/novels.txt",
-    "score 0": f"{SCORE} --prompts 0",
-    "score 200": f"{SCORE} --prompts 200",
+    "loss": f"{SCORE} --prompts 0",
+    "texts": f"{SCORE} --prompts {{prompts}}",
 }
 
 
@@ -106,9 +106,10 @@ def jobs_of(name, row, args, folder):
     for seed in row["seeds"][:args.seeds]:
         run = f"{name}-seed{seed}"
         out = folder / f"{run}.pt"
-        paths = {"dir": folder, "shared": args.shared, "seed": seed, "out": out}
+        paths = {"dir": folder, "shared": args.shared, "seed": seed, "out": out,
+                 "prompts": 2 if args.quick else 200}
         needs = [f"{needed}-seed{seed}" for needed in row["needs"].split()]
-        if row["program"].startswith("measure.py"):
+        if row["measure"] == "no training":
             found.append(Job(run, script(row["program"], paths), "", needs))
             continue
         flags = f"{FLAGS[row['setting']]} {row['flags']}"
