@@ -132,11 +132,12 @@ def learning_rates():
         ax.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="validation loss")
         ax.set_title(title, fontsize=10)
         low, high = ax.get_ylim()
-        ticks = (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10)
+        ticks = (0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)
         ax.set_yticks(ticks, map(str, ticks))
         ax.set_ylim(low, high)
         ax.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes[-1].legend(frameon=False, fontsize=8)
+        ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes[1].legend(frameon=False, fontsize=8)
     return fig
 
 
