@@ -191,7 +191,7 @@ def alone(pattern):
     for task in TASKS:
         for seed, value in losses("nano", pattern.replace("*", task), task).items():
             by_seed.setdefault(seed, []).append(value)
-    return {seed: mean(values) for seed, values in by_seed.items()}
+    return {seed: mean(v) for seed, v in by_seed.items() if len(v) == len(TASKS)}
 
 
 def loss_alone(setting, ours, control):
@@ -389,10 +389,12 @@ def intruders_and_forgetting(setting, *kinds):
     found = {}
     for name in forgetting_kinds():
         found[name] = intruder_counts(name), losses(setting, name, "skills")
-    seeds = set.intersection(*[counts.keys() & lost.keys() for counts, lost in found.values()])
+    seeds = [counts.keys() & lost.keys() for counts, lost in found.values()]
+    common = set.intersection(*seeds) if seeds else set()
     points = {}
     for name, (counts, lost) in found.items():
-        points[name] = mean(map(counts.get, seeds)), mean(map(log, map(lost.get, seeds)))
+        if common:
+            points[name] = mean(map(counts.get, common)), mean(map(log, map(lost.get, common)))
 
     def of_kinds(names):
         return correlation_or_zero(*zip(*[points[name] for name in names]))

@@ -85,6 +85,14 @@ def made_up(tmp_path, monkeypatch):
     return lambda file, rows: results.write_csv(rows, tmp_path / file)
 
 
+def test_claims_without_runs_are_not_run_yet(made_up):
+    made_up("nano_runs.csv", [{"name": "instruct-lora-fresh-seed0", "test.instruct.loss": 1.0},
+                              {"name": "instruct-multilora-fresh-seed0", "test.instruct.loss": 1.0}])
+    made_up("nano_forgetting_intruders.csv", [{"checkpoint": "a", "seed": 0, "real": 1, "null": 0}])
+    found = claims.tests()
+    assert len(found) > 60 and {test.verdict for test in found} == {"not run yet"}
+
+
 def test_the_best_rate_is_the_minimum_of_a_parabola(made_up):
     rows = []
     for exponent in (-9, -8, -7.5, -6):                                 # the lowest at 2 ** -7.25
