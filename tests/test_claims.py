@@ -1,4 +1,4 @@
-"""The rule that decides claims, against worked examples, and what it reads, from made-up results."""
+"""The rule that decides claims, on worked examples, and what it reads, from made-up results."""
 import math
 from itertools import combinations
 from statistics import mean
@@ -86,8 +86,8 @@ def made_up(tmp_path, monkeypatch):
 
 
 def test_claims_without_runs_are_not_run_yet(made_up):
-    made_up("nano_runs.csv", [{"name": "instruct-lora-fresh-seed0", "test.instruct.loss": 1.0},
-                              {"name": "instruct-multilora-fresh-seed0", "test.instruct.loss": 1.0}])
+    made_up("nano_runs.csv", [{"name": f"instruct-{method}-fresh-seed0", "test.instruct.loss": 1.0}
+                              for method in ("lora", "multilora")])
     made_up("nano_forgetting_intruders.csv", [{"checkpoint": "a", "seed": 0, "real": 1, "null": 0}])
     found = claims.tests()
     assert len(found) > 60 and {test.verdict for test in found} == {"not run yet"}
