@@ -1,467 +1,449 @@
 """
-The claims that nano's runs can test, by the rule of verdicts.py; smollm_claims.py has those of a
-language model. To see the claims of one part of nano.sh, from its results in a folder:
+The rule that decides a claim, and what it compares. claims.csv is the table of all claims.
 
-    python experiments/claims.py ranks out/nano/results
+    python experiments/claims.py                                # from the published results
+    python experiments/claims.py --results out/nano/results     # from your own
 
-What is compared is the logarithm of the loss on test rows, unless a claim says otherwise: it has no
-ceiling, and a δ of 0.1 is a tenth of the loss.
+A claim compares two groups of runs, paired by seed. Its effect is the mean paired difference in the
+claim's direction, with a 95 % confidence interval (Student's t). δ is the smallest effect of
+interest. The verdict depends on where the interval lies:
+
+    kind        supported               negligible      contradicted            otherwise
+    better      > 0, not inside ±δ      inside ±δ       < 0, not inside ±δ      inconclusive
+    no worse    > −δ                    -               < −δ                    inconclusive
+    equal       inside ±δ               -               outside ±δ              inconclusive
+
+In claims.csv, "loss lora full" in the column nano calls loss("nano", "lora", "full") of this file.
 """
-import re
-import sys
+import argparse
+import csv
 from dataclasses import dataclass
-from math import exp, log, log2
-from operator import itemgetter
+from itertools import combinations
+from math import inf, log, log2, sqrt
 from pathlib import Path
-from statistics import StatisticsError, correlation, mean
+from statistics import StatisticsError, correlation, mean, stdev
+
+from scipy import stats
 
 import results
-from results import BENCH, column, of_study, phi, where
-from verdicts import Claim, Ratio
+from results import column, phi, read_csv, select, study
 
-# δ
-OF_LOSS = 0.1               # of its logarithm: a tenth
-OF_PHI = 0.05               # and of ‖UᵀWV‖
-OF_SHARE, OF_RATIO = 0.01, 0.1          # of σ₁ / Σσ, and of it by its Gaussian's
-OF_CORRELATION = 0.1
-OF_PLANTED = 0.2            # of a rank of 1 to 8
-OF_INTRUDERS = 0.2          # of ten singular vectors
-OF_RATE = 1.0               # of log₂ of a learning rate: a factor of 2
-METHODS, SUBSPACES = "nano_methods.csv", "nano_subspaces.csv"
-PAIRS, FORGETTING = "nano_subspaces_pairs.csv", "nano_forgetting_intruders.csv"
-SUMMED = "nano_summed.csv"
-R8_AND_R64 = "lora-qv-r8 and lora-qv-r64"
-R8, R64 = "lora-qv-r8 and lora-qv-r8", "lora-qv-r64 and lora-qv-r64"
-PAPERS = {
-    "LoRA": "2106.09685",
-    "MultiLoRA": "2311.11501",
-    "AutoLoRA": "2403.09113",
-    "LoRA Without Regret": "Schulman et al. 2025",
-    "LoRA learns less and forgets less": "2405.09673",
-    "Task arithmetic": "2212.04089",
-    "Intruder dimensions": "2410.21228",
-}
+SETTINGS = {"nano": "nano", "e2e": "SmolLM2, E2E", "mixture": "SmolLM2, mixture"}
+MODEL = {"nano": "nano", "e2e": "smollm", "mixture": "smollm"}      # names of its results files
 TASKS = ("instruct", "arith", "infer", "facts", "data2text")
-FORGOTTEN = (               # kinds of runs on instruct alone; without a rate, at the pilot's best
-    "lora-instruct-lr1.2e-3", "lora-instruct-lr2.5e-3", "lora-instruct", "lora-instruct-lr1e-2",
-    "lora-instruct-r1", "lora-instruct-r64", "multilora-instruct-lr1e-2", "multilora-instruct",
-    "multilora-instruct-lr4e-2", "full-instruct-lr2.5e-4", "full-instruct-lr5e-4", "full-instruct",
-    "full-instruct-lr2e-3")
-AS_GOOD = "full-instruct-lr5e-4"                # as LoRA's, by the pilot's held-out loss
-STOPS = {"default": 1000, "sigmoid": 100, "none": 300}      # steps, of planted.py: see there
+PLANTED_RANKS = (0, 1, 2, 4, 6)
+PLANTED_STEPS = {"default": 1000, "sigmoid": 100, "none": 300}      # when each search is stopped
+
+# δ, the smallest effect of interest, by measure
+LOG_LOSS = 0.1          # the logarithm of the loss: about a tenth of it
+NATS = 0.01             # the loss of SmolLM2 on E2E and on novels, in nats per token
+OVERLAP = 0.05          # φ, and ‖UᵀWV‖
+SHARE = 0.01            # σ₁ / Σσ
+RATIO = 0.1             # σ₁ / Σσ relative to a Gaussian's
+CORRELATION = 0.1
+RANK_ERROR = 0.2        # ranks of 1 to 8
+INTRUDERS = 0.2         # of ten singular vectors
+FACTOR = 1.0            # log₂ of a learning rate: a factor of 2
+AMPLIFICATION = 1.0     # ‖ΔW‖ / ‖UᵀWV‖
 
 
-@dataclass
-class Row:
-    """One claim of the table."""
-    paper: str
-    says: str                   # the statement, and where it stands in the paper
-    claim: Claim
-    found: str = ""             # numbers of the two groups, if not their means
-    smollm: tuple = ()          # names of smollm_claims.py's
-    by: str = ""                # the script that makes it, if not nano.sh
+@dataclass(frozen=True)
+class Comparison:
+    """Two groups, {unit: value}. The claim says that ours are smaller, or if not, larger."""
+    ours: dict
+    control: dict
+    delta: float
+    smaller: bool = True
+    unit: str = "seeds"
+    transform: object = None            # the values are shown, and compared after it
 
-    def shown(self):
-        return f"{self.claim.groups}: {self.found or means(self.claim)}"
+    def units(self):
+        return sorted(self.ours.keys() & self.control.keys())
 
+    def effects(self):
+        found = []
+        for unit in self.units():
+            ours, control = self.ours[unit], self.control[unit]
+            if self.transform:
+                ours, control = self.transform(ours), self.transform(control)
+            found.append(control - ours if self.smaller else ours - control)
+        return found
 
-def number(value, sign=""):
-    return f"{value:{sign}.{3 if abs(value) < 10 else 1}f}"
-
-
-def means(claim):
-    return f"{number(mean(claim.ours))} and {number(mean(claim.control))}"
-
-
-def gain(claim):
-    """How far ours are on the claim's side: mean, interval, seeds; and what is asked of it."""
-    center, low, high = (number(value, "+") for value in claim.interval())
-    asked = ""
-    if claim.kind == "no worse":
-        asked = f", −{claim.delta:g} allowed"
-    elif claim.kind == "equal":
-        asked = f", within ±{claim.delta:g}"
-    if len(claim.ours) == 1:
-        return f"{center} (one couple of seeds){asked}"
-    return f"{center} ({low} to {high}; {len(claim.ours)}){asked}"
+    def means(self):
+        units = self.units()
+        return mean(map(self.ours.get, units)), mean(map(self.control.get, units))
 
 
-# The measures: one number a seed -----------------------------------------------------------------
+@dataclass(frozen=True)
+class Test:
+    """A claim in one setting: what is compared, and the outcome."""
+    claim: dict
+    setting: str
+    measure: str                        # "loss"
+    names: list                         # of what is compared: ["lora", "full"]
+    comparison: Comparison
+    n: int                              # units: 0 if it was not run yet, and then p is 1
+    effect: float
+    low: float
+    high: float
+    p: float
+    verdict: str
 
-def log_loss(name, task="mean", file="nano_runs.csv"):
-    return [log(value) for value in column(name, f"test.{task}.loss", file)]
+    def label(self):
+        return f"{self.measure}: {', '.join(self.names)}"
 
 
-def same_seeds(*groups):
-    """Groups that have fewer seeds than others have the first ones."""
-    fewest = min(map(len, groups))
-    return [group[:fewest] for group in groups]
+# The rule ----------------------------------------------------------------------------------------
+
+def judge(kind, comparison):
+    """{"n": number of units, "effect": ..., "low": ..., "high": ..., "p": ..., "verdict": ...}"""
+    effects = comparison.effects()
+    n = len(effects)
+    effect = mean(effects) if n else 0.0
+    half = inf
+    if n > 1:
+        half = float(stats.t.ppf(0.975, n - 1)) * stdev(effects) / sqrt(n)
+    verdict = "not run yet"
+    if n:
+        verdict = verdict_of(kind, effect - half, effect + half, comparison.delta)
+    return {"n": n, "effect": effect, "low": effect - half, "high": effect + half,
+            "p": p_value(kind, effects, comparison.delta), "verdict": verdict}
 
 
-def lower(name, ours, control, **more):
-    """That the loss of the runs of one name is lower than that of another's."""
-    groups = same_seeds(log_loss(ours), log_loss(control))
-    return Claim(name, f"{ours} and {control}", *groups, OF_LOSS, smaller=True, **more)
+def verdict_of(kind, low, high, delta):
+    inside = -delta < low and high < delta
+    if kind == "better":
+        if inside:
+            return "negligible"
+        supported, contradicted = low > 0, high < 0
+    elif kind == "no worse":
+        supported, contradicted = low > -delta, high < -delta
+    else:
+        supported, contradicted = inside, low > delta or high < -delta
+    if supported:
+        return "supported"
+    return "contradicted" if contradicted else "inconclusive"
 
 
-def compared(paper, name, says, ours, control, smollm=(), **more):
-    """The row of a claim about the losses of two groups of runs, with their exact match."""
-    claim = lower(name, ours, control, **more)
+def p_value(kind, effects, delta):
+    """Two-sided: of an effect of 0, for "no worse" of −δ, for "equal" of the nearer of ±δ."""
+    n = len(effects)
+    if n < 2:
+        return 1.0
+    error = stdev(effects) / sqrt(n)
     found = []
-    for measure, label in (("loss", "loss"), ("exact", "exact match")):
-        groups = same_seeds(*(column(name, f"test.mean.{measure}") for name in (ours, control)))
-        found.append("{} {:.3f} and {:.3f}".format(label, *map(mean, groups)))
-    return Row(paper, says, claim, "; ".join(found), smollm)
+    for limit in {"better": [0], "no worse": [-delta], "equal": [-delta, delta]}[kind]:
+        distance = abs(mean(effects) - limit)
+        if error > 0:
+            found.append(2 * float(stats.t.sf(distance / error, n - 1)))
+        else:
+            found.append(float(distance == 0))
+    return max(found)
 
 
-def best_rate(start):
+def holm(ps):
+    """The p-values corrected for multiple tests (Holm 1979)."""
+    corrected = [0.0] * len(ps)
+    largest = 0.0
+    for place, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = max(largest, min(1.0, (len(ps) - place) * ps[i]))
+        corrected[i] = largest
+    return corrected
+
+
+# Losses ------------------------------------------------------------------------------------------
+
+def runs_column(setting, name, wanted):
+    return column(name, wanted, f"{MODEL[setting]}_runs.csv")
+
+
+def losses(setting, name, task="mean"):
+    """On nano and on the mixture on the test set, on E2E on 400 validation rows."""
+    wanted = "score.valid_loss" if setting == "e2e" else f"test.{task}.loss"
+    return runs_column(setting, name, wanted)
+
+
+def loss(setting, ours, control):
+    groups = losses(setting, ours), losses(setting, control)
+    if setting == "e2e":
+        return Comparison(*groups, NATS)
+    return Comparison(*groups, LOG_LOSS, transform=log)
+
+
+def forgetting(setting, ours, control):
+    """On nano the loss on the skills that the base has learned, on SmolLM2 that on novels."""
+    wanted = {"nano": "test.skills.loss", "e2e": "score.text_loss", "mixture": "test.text.loss"}
+    groups = (runs_column(setting, ours, wanted[setting]),
+              runs_column(setting, control, wanted[setting]))
+    if setting == "nano":
+        return Comparison(*groups, LOG_LOSS, transform=log)
+    return Comparison(*groups, NATS)
+
+
+def loss_summed(setting, ours, control):
+    found = column(ours, "test.mean.loss", "nano_summed.csv")
+    return Comparison(found, losses(setting, control), LOG_LOSS, transform=log)
+
+
+def alone(pattern):
+    """{seed: mean loss over the tasks} of runs on each task alone; * stands for the task."""
+    by_seed = {}
+    for task in TASKS:
+        for seed, value in losses("nano", pattern.replace("*", task), task).items():
+            by_seed.setdefault(seed, []).append(value)
+    return {seed: mean(v) for seed, v in by_seed.items() if len(v) == len(TASKS)}
+
+
+def loss_alone(setting, ours, control):
+    return Comparison(alone(ours), alone(control), LOG_LOSS, transform=log)
+
+
+def gain_on_mixture(setting, lora, multilora, lora_alone, multilora_alone):
+    """MultiLoRA's gain over LoRA in log loss, on the mixture and on single tasks."""
+    mixed = Comparison(losses(setting, multilora), losses(setting, lora), LOG_LOSS, transform=log)
+    single = loss_alone(setting, multilora_alone, lora_alone)
+    gains = [dict(zip(both.units(), both.effects())) for both in (mixed, single)]
+    return Comparison(*gains, LOG_LOSS, smaller=False)
+
+
+# Learning rates ----------------------------------------------------------------------------------
+
+def best_rate(setting, ours, control, factor):
+    """The best learning rates of two sweeps. The first should be `factor` times the second."""
+    expected = {seed: int(factor) * rate for seed, rate in best_rates(control).items()}
+    return Comparison(best_rates(ours), expected, FACTOR, smaller=False, transform=log2)
+
+
+def best_rates(sweep):
     """
-    log₂ of each pilot seed's best learning rate: where a parabola through the lowest held-out loss
-    and its two neighbours is lowest, or at the end of the sweep, if that is best.
+    {seed: best learning rate}: the minimum of a parabola (in logarithms) through the lowest
+    validation loss and its two neighbours, or the end of the sweep if that is lowest.
     """
-    losses = {}                                 # {seed: {log₂ of the rate: log of the loss}}
-    for run in results.runs().values():
-        named = re.fullmatch(rf"pilot-{start}-lr[\d.e-]+-seed(\d+)", run["name"])
-        if named:
-            own = losses.setdefault(int(named[1]), {})
-            own[log2(run["lr"])] = log(run["mean.loss.after"])
-    return [lowest(sorted(losses[seed].items())) for seed in sorted(losses)]
+    points = {}
+    for rate, runs in results.sweep(sweep, "nano_runs.csv").items():
+        for seed, run in runs.items():
+            points.setdefault(seed, []).append((log2(rate), log(run["mean.loss.after"])))
+    return {seed: 2 ** minimum(points[seed]) for seed in sorted(points)}
 
 
-def lowest(points):
-    """The x where the parabola through the lowest of these (x, y) and its neighbours is lowest."""
-    at = min(range(len(points)), key=lambda i: points[i][1])
-    if at in (0, len(points) - 1):
-        return points[at][0]
-    (a, ya), (b, yb), (c, yc) = points[at - 1:at + 2]
-    left, right = (b - a) * (yb - yc), (b - c) * (yb - ya)
+def minimum(points):
+    lowest = min(range(len(points)), key=lambda i: points[i][1])
+    if lowest in (0, len(points) - 1):
+        return points[lowest][0]
+    (a, ya), (b, yb), (c, yc) = points[lowest - 1:lowest + 2]
+    left = (b - a) * (yb - yc)
+    right = (b - c) * (yb - ya)
     return b - 0.5 * ((b - a) * left - (b - c) * right) / (left - right)
 
 
-def log_alone(name):
-    """Of runs on each task alone: the logarithm of their mean loss over the tasks, by seed."""
-    losses = [column(f"{task}-{name}-fresh", f"test.{task}.loss") for task in TASKS]
-    return [log(mean(values)) for values in zip(*losses)]
+# ΔW ----------------------------------------------------------------------------------------------
+
+def concentration(setting, *names):
+    """σ₁ / Σσ"""
+    file = f"{MODEL[setting]}_methods.csv"
+    return Comparison(*[study(file, name, "top1") for name in names], SHARE)
 
 
-def differences(a, b):
-    return [x - y for x, y in zip(a, b)]
+def relative_concentration(setting, *names):
+    """σ₁ / Σσ, relative to that of a Gaussian of the same shape."""
+    file = f"{MODEL[setting]}_methods.csv"
+    return Comparison(*[study(file, name, "top1", "null.top1") for name in names], RATIO)
 
 
-def alike(name):
+def pair_phi(setting, low, high, which, target=""):
+    return phi(f"{MODEL[setting]}_subspaces_pairs.csv", f"{low} and {high}", which, target)
+
+
+def first_shared(setting, low, high, control):
+    """φ(1, 1) of the input directions of two runs, and that of Gaussians or a number."""
+    first = pair_phi(setting, low, high, "input.first")
+    other = pair_phi(setting, low, high, "random.first")
+    if control != "Gaussian":
+        other = dict.fromkeys(first, float(control))
+    return Comparison(first, other, OVERLAP, smaller=False, unit="seed pairs")
+
+
+def further_shared(setting, low, high):
+    """φ of all directions, and what it would be if one were shared and the others were random."""
+    rank = int(low.rpartition("-r")[2])
+    expected = {}
+    for seed, chance in pair_phi(setting, low, high, "random.all").items():
+        expected[seed] = (1 + (rank - 1) * chance) / rank
+    ours = pair_phi(setting, low, high, "input.all")
+    return Comparison(ours, expected, OVERLAP, unit="seed pairs")
+
+
+def q_and_v(setting, name, q, v):
+    """φ of all directions of two seeds, of ΔW_q and of ΔW_v."""
+    of_q = pair_phi(setting, name, name, "input.all", f".{q}")
+    of_v = pair_phi(setting, name, name, "input.all", f".{v}")
+    return Comparison(of_q, of_v, OVERLAP, smaller=False, unit="seed pairs")
+
+
+def overlap(setting, name, target, control):
+    """‖UᵀWV‖ of ΔW, and that of a Gaussian ΔW or half of that of W's top directions."""
+    def values(measure):
+        return study(f"{MODEL[setting]}_subspaces.csv", name, measure, target=target)
+
+    if control == "Gaussian":
+        return Comparison(values("projection"), values("null.projection"), OVERLAP, smaller=False)
+    half = {seed: top / 2 for seed, top in values("top_W").items()}
+    return Comparison(values("projection"), half, OVERLAP)
+
+
+def amplification(setting, name, target):
+    """‖ΔW‖ / ‖UᵀWV‖, compared with 1."""
+    values = study(f"{MODEL[setting]}_subspaces.csv", name, "amplification", target=target)
+    return Comparison(values, dict.fromkeys(values, 1.0), AMPLIFICATION, smaller=False)
+
+
+# AutoLoRA's ranks --------------------------------------------------------------------------------
+
+def agreement(setting, name):
+    """Correlation of the ranks that two seeds find, over all pairs of seeds; compared with 0."""
+    ranks = {}
+    for seed, text in runs_column(setting, name, "ranks").items():
+        ranks[seed] = [int(rank) for rank in text.split()]
+
+    def of_seeds(seeds):
+        pairs = combinations(seeds, 2)
+        return mean(correlation_or_zero(ranks[a], ranks[b]) for a, b in pairs)
+
+    values = jackknife(of_seeds, list(ranks))
+    return Comparison(values, dict.fromkeys(values, 0.0), CORRELATION, smaller=False,
+                      unit="seeds, jackknife")
+
+
+def jackknife(statistic, units):
     """
-    How alike the ranks of two searches are: the mean correlation over all couples of seeds, as
-    jackknife's pseudo-values, one a seed. They have that mean, and an interval that knows that
-    every seed is in many couples.
+    {unit: pseudo-value}, for a statistic that is not a mean over the units, such as a correlation:
+    their mean estimates it, and their interval is its interval. Needs three units.
     """
-    ranks = [[int(r) for r in text.split()] for text in column(name, "ranks")]
-    n, with_others = len(ranks), []
-    for i in range(n):
-        own = [correlation_or_none(ranks[i], ranks[j]) for j in range(n) if j != i]
-        with_others.append(mean(own))
-    of_all = mean(with_others)
-    return [(2 * (n - 1) * each - n * of_all) / (n - 2) for each in with_others]
+    n = len(units)
+    if n < 3:
+        return {}
+    whole = statistic(units)
+    found = {}
+    for unit in units:
+        found[unit] = n * whole - (n - 1) * statistic([u for u in units if u != unit])
+    return found
 
 
-def off_planted(search):
-    """How far the ranks found are from those that planted.py planted, on average, by seed."""
-    found = results.planted_ranks(search, STOPS[search])
-    return [off(ranks) for ranks in zip(*found)]
-
-
-def off(ranks):
-    """A rank of 1 is right where 0 was planted: no search finds less."""
-    return mean(abs(rank - max(1, planted)) for rank, planted in zip(ranks, results.PLANTED_RANKS))
-
-
-def correlation_or_none(a, b):
-    """0 where one of them is the same throughout."""
+def correlation_or_zero(a, b):
+    """Pearson's; 0 if one of them is constant."""
     try:
         return correlation(a, b)
     except StatisticsError:
         return 0.0
 
 
-def intruders(name, kind="real"):
-    rows = where(results.read_csv(FORGETTING), checkpoint=name)
-    return [row[kind] for row in sorted(rows, key=itemgetter("seed"))]
+def planted(setting, search, control):
+    """The error of a search of planted.py, and another's or half of the best single rank's."""
+    errors = planted_errors(search)
+    if control in PLANTED_STEPS:
+        return Comparison(errors, planted_errors(control), RANK_ERROR)
+    best = min(rank_error([rank] * len(PLANTED_RANKS)) for rank in range(1, 9))
+    return Comparison(errors, dict.fromkeys(errors, best / 2), RANK_ERROR)
 
 
-def go_with_forgetting():
-    """Over methods, correlation of the number of intruders with what was forgotten, by seed."""
-    numbers = zip(*map(intruders, FORGOTTEN))
-    losses = zip(*(log_loss(name, "skills") for name in FORGOTTEN))
-    return [correlation_or_none(n, lost) for n, lost in zip(numbers, losses)]
+def planted_errors(search):
+    found = planted_ranks(search, PLANTED_STEPS[search])
+    return {seed: rank_error(ranks) for seed, ranks in found.items()}
 
 
-# The claims of each part of nano.sh --------------------------------------------------------------
-
-def pilot():
-    paper = "LoRA Without Regret"
-    rates = {name: best_rate(name) for name in ("r1", "r8", "r64", "full")}
-    shown = {name: f"{2 ** mean(logs):.1e}" for name, logs in rates.items()}
-    ten_times = [rate + log2(10) for rate in rates["full"]]
-    tenfold = Claim("LoRA's rate is ten times full's", "best learning rate, LoRA and full",
-                    rates["r8"], ten_times, OF_RATE, kind="equal")
-    of_ranks = Claim("one rate for all ranks", "best learning rate, r = 1 and r = 64",
-                     rates["r1"], rates["r64"], OF_RATE, kind="equal")
-    return [
-        Row(paper, "LoRA's best learning rate is ten times full's, within a factor of 2", tenfold,
-            f"{shown['r8']} and {shown['full']}"),
-        Row(paper, "and the same for all ranks under α/r, within a factor of 2", of_ranks,
-            f"{shown['r1']} and {shown['r64']}"),
-    ]
+def planted_ranks(search, step):
+    """{seed: [the rank found for each of PLANTED_RANKS]} after so many steps."""
+    found = {}
+    for row in select(read_csv("planted.csv"), search=search, step=step):
+        found[row["seed"]] = [row[f"rank of {planted}"] for planted in PLANTED_RANKS]
+    return found
 
 
-def methods():
-    def top1(name, over=None):
-        return of_study(METHODS, name, "top1", over)
-
-    multilora = Claim("MultiLoRA's ΔW less concentrated", "σ₁ / Σσ, MultiLoRA and LoRA",
-                      top1("multilora"), top1("lora"), OF_SHARE, smaller=True)
-    full = Claim("full's ΔW less concentrated", "σ₁ / Σσ, full and LoRA",
-                 top1("full"), top1("lora"), OF_SHARE, smaller=True)
-    of_its_rank = Claim("the same, each by its Gaussian", "σ₁ / Σσ by a Gaussian's, full and LoRA",
-                        top1("full", "null.top1"), top1("lora", "null.top1"), OF_RATIO,
-                        smaller=True)
-    return [
-        compared("LoRA", "LoRA as good as full", "as good as full fine-tuning (tables 2 to 4)",
-                 "lora", "full", ("as good as full",), kind="no worse"),
-        compared("MultiLoRA", "MultiLoRA over LoRA",
-                 "better than LoRA of as many parameters on a mixture",
-                 "multilora", "lora", ("MultiLoRA better",)),
-        Row("MultiLoRA", "its ΔW is less concentrated than LoRA's", multilora,
-            smollm=("less concentrated",)),
-        Row("MultiLoRA", "full fine-tuning's ΔW is less concentrated than LoRA's", full,
-            smollm=("full: less concentrated",)),
-        Row("MultiLoRA", "also where each is measured by a Gaussian of its shape", of_its_rank,
-            smollm=("full: less for its rank",)),
-    ]
+def rank_error(ranks):
+    """Mean distance from PLANTED_RANKS. For 0, a rank of 1 is right: no search finds less."""
+    return mean(abs(rank - max(1, planted)) for rank, planted in zip(ranks, PLANTED_RANKS))
 
 
-def ranks():
-    return [
-        compared("LoRA", "all six: r = 1 as good as 64",
-                 "r = 1 is as good as r = 64, on all six linears (table 6)",
-                 "lora-r1", "lora-r64", ("all: r = 1 enough",), kind="no worse"),
-        compared("LoRA", "LoRA of r = 64 as good as full", "at r = 64: as good as full fine-tuning",
-                 "lora-r64", "full", kind="no worse"),
-    ]
+# Intruder dimensions -----------------------------------------------------------------------------
+
+def intruders(setting, ours, control):
+    if control == "Gaussian":
+        other = intruder_counts(ours, "null")
+    else:
+        other = intruder_counts(control)
+    return Comparison(intruder_counts(ours), other, INTRUDERS, smaller=False)
 
 
-def targets():
-    return [
-        compared("LoRA", "q, v: r = 1 as good as 64",
-                 "r = 1 is as good as r = 64, on q and v (table 6: 73.4 and 73.5)",
-                 "lora-qv-r1", "lora-qv-r64", ("q, v: r = 1 enough",), kind="no worse"),
-        compared("LoRA", "q, v over v alone",
-                 "q, v beat v alone of as many parameters (table 5: 73.7 and 73.0)",
-                 "lora-qv-r8", "lora-v-r16"),
-        compared("LoRA", "q, v over o alone", "and o alone (73.2)", "lora-qv-r8", "lora-o-r16"),
-        compared("LoRA", "q, k, v, o as good as q, v",
-                 "q, k, v, o are as good as q, v of as many parameters (both 73.7)",
-                 "lora-qkvo-r4", "lora-qv-r8", kind="no worse"),
-        compared("LoRA Without Regret", "MLP over attention",
-                 "MLP only is better than attention only of as many parameters",
-                 "lora-mlp", "lora-attention", ("MLP better",)),
-    ]
+def intruder_counts(name, kind="real"):
+    rows = select(read_csv("nano_forgetting_intruders.csv"), checkpoint=name)
+    return {row["seed"]: row[kind] for row in rows}
 
 
-def subspaces():
-    def of(what):
-        return of_study(SUBSPACES, "lora-qv-r8", what, target="q")
-
-    first = phi(PAIRS, R8_AND_R64, "first")
-    top_shared = Claim("r = 8 and 64 share the top direction",
-                       "φ(1, 1) of inputs, theirs and random ones'",
-                       first, phi(PAIRS, R8_AND_R64, "first", "random"), OF_PHI)
-    half = Claim("φ(1, 1) above 0.5", "φ(1, 1) of inputs, and 0.5", first, [0.5] * len(first),
-                 OF_PHI)
-    one_shared = [(1 + 7 * chance) / 8 for chance in phi(PAIRS, R8_AND_R64, "all", "random")]
-    no_others = Claim("and share no others",
-                      "φ(8, 64) of inputs, theirs and that of 1 shared and 7 random",
-                      phi(PAIRS, R8_AND_R64, "all"), one_shared, OF_PHI, smaller=True,
-                      kind="no worse")
-    seeds_share = Claim("two seeds share the top direction",
-                        "φ(1, 1) of inputs, theirs and random ones'",
-                        phi(PAIRS, R64, "first"), phi(PAIRS, R64, "first", "random"), OF_PHI)
-    q_over_v = Claim("two seeds share more of ΔW_q", "φ(8, 8) of inputs, q and v",
-                     phi(PAIRS, R8, "all", target="q"), phi(PAIRS, R8, "all", target="v"), OF_PHI)
-    of_W = Claim("ΔW_q has more of W_q than random", "‖UᵀWV‖ at r = 8, ΔW's and a Gaussian's",
-                 of("projection"), of("null.projection"), OF_PHI)
-    not_top = Claim("but not W_q's top directions", "‖UᵀWV‖, ΔW's and half of W's",
-                    of("projection"), [top / 2 for top in of("top_W")], OF_PHI, smaller=True)
-    return [
-        Row("LoRA", "r = 8 and r = 64 share their top direction: more than chance (figure 3)",
-            top_shared, smollm=("top direction shared",)),
-        Row("LoRA", "and by φ(1, 1) > 0.5", half, smollm=("φ above 0.5",)),
-        Row("LoRA", "they share no other directions", no_others, smollm=("no others shared",)),
-        Row("LoRA", "two seeds of r = 64 share top directions (figure 4)", seeds_share,
-            smollm=("seeds share",)),
-        Row("LoRA", "and more of them for ΔW_q than for ΔW_v, so that its rank is higher", q_over_v,
-            smollm=("more for q",)),
-        Row("LoRA", "ΔW_q has to do with W_q, more than a random one has (table 7)", of_W,
-            smollm=("more of W than random",)),
-        Row("LoRA", "but not with its top directions (table 7: 0.32 of 21.67)", not_top,
-            smollm=("not W's top",)),
-    ]
+def forgetting_kinds():
+    """The kinds of runs on `instruct`."""
+    return sorted({row["checkpoint"] for row in read_csv("nano_forgetting_intruders.csv")})
 
 
-def blocks():
-    return [
-        compared("MultiLoRA", "8 blocks over 1",
-                 "more blocks do better, each n at its best learning rate: 8 than 1",
-                 "multilora-n8", "multilora-n1"),
-        compared("MultiLoRA", "4 blocks over 1", "and 4 than 1", "multilora", "multilora-n1"),
-        compared("MultiLoRA", "LoRA with a learned s", "of its changes, a learned s alone helps",
-                 "lora-learned-s", "lora"),
-        compared("MultiLoRA", "LoRA with a random B", "or a random B alone",
-                 "lora-random-b", "lora"),
-        compared("MultiLoRA", "both: 1 block over LoRA", "or both, with s from 0: one block",
-                 "multilora-n1", "lora"),
-    ]
+def intruders_and_forgetting(setting, *kinds):
+    """Correlation over the kinds of runs on `instruct`, of means over their common seeds."""
+    found = {}
+    for name in forgetting_kinds():
+        found[name] = intruder_counts(name), losses(setting, name, "skills")
+    seeds = [counts.keys() & lost.keys() for counts, lost in found.values()]
+    common = set.intersection(*seeds) if seeds else set()
+    points = {}
+    for name, (counts, lost) in found.items():
+        if common:
+            points[name] = mean(map(counts.get, common)), mean(map(log, map(lost.get, common)))
+
+    def of_kinds(names):
+        return correlation_or_zero(*zip(*[points[name] for name in names]))
+
+    values = jackknife(of_kinds, list(points))
+    return Comparison(values, dict.fromkeys(values, 0.0), CORRELATION, smaller=False,
+                      unit="kinds of runs, jackknife")
 
 
-def single():
-    mixed = differences(log_loss("lora-fresh"), log_loss("multilora-fresh"))
-    alone = differences(log_alone("lora"), log_alone("multilora"))
-    more = Claim("gains more on a mixture", "gain over LoRA in log loss, mixed and alone", mixed,
-                 alone, OF_LOSS)
-    rows = [Row("MultiLoRA", "by more on the mixture of five than on each alone", more)]
-    for label, name in (("LoRA", "lora"), ("MultiLoRA", "multilora")):
-        summed, mixture = same_seeds(log_loss(f"{name}-summed", file=SUMMED), log_loss(name))
-        claim = Claim(f"{label}s added up as good as one", f"{name}, summed and mixed", summed,
-                      mixture, OF_LOSS, smaller=True, kind="no worse")
-        says = f"adapters of single tasks, added up, are as good as one of the mixture: {label}"
-        losses = [mean(map(exp, group)) for group in (summed, mixture)]
-        rows.append(Row("Task arithmetic", says, claim, "loss {:.3f} and {:.3f}".format(*losses)))
-    return rows
+# All of them -------------------------------------------------------------------------------------
+
+MEASURES = {
+    loss: "loss", forgetting: "loss on what was known before", loss_summed: "loss",
+    loss_alone: "mean loss on single tasks", gain_on_mixture: "gain in log loss",
+    best_rate: "best learning rate", concentration: "σ₁ / Σσ",
+    relative_concentration: "σ₁ / Σσ relative to a Gaussian's", first_shared: "φ(1, 1)",
+    further_shared: "φ of all", q_and_v: "φ of all", overlap: "‖UᵀWV‖",
+    amplification: "‖ΔW‖ / ‖UᵀWV‖", agreement: "correlation of ranks",
+    planted: "error of planted ranks", intruders: "intruders of ten",
+    intruders_and_forgetting: "correlation of intruders and forgetting",
+}
 
 
-def autolora():
-    repeated, zeros = alike("autolora"), [0] * len(alike("autolora"))
-    agree = Claim("two searches agree", "correlation of two seeds' ranks, over all couples, and 0",
-                  repeated, zeros, OF_CORRELATION)
-    softmax, sigmoid, none = map(off_planted, STOPS)
-    one_for_all = min(off([rank] * len(results.PLANTED_RANKS)) for rank in range(1, 9))
-    planted = Claim("finds planted ranks", "how far ranks are off, and half of one rank for all",
-                    softmax, [one_for_all / 2] * len(softmax), OF_PLANTED, smaller=True)
-    over_sigmoid = Claim("softmax over σ", "how far ranks are off, softmax and σ", softmax,
-                         sigmoid, OF_PLANTED, smaller=True)
-    over_none = Claim("softmax over β", "how far ranks are off, softmax and β", softmax,
-                      none, OF_PLANTED, smaller=True)
-    return [
-        compared("AutoLoRA", "found ranks over equal ones",
-                 "the ranks found are better than equal ones", "autolora", "uniform"),
-        compared("AutoLoRA", "over random ones", "than random ones", "autolora", "random"),
-        compared("AutoLoRA", "over shuffled ones", "than their own, dealt out anew",
-                 "autolora", "shuffled"),
-        compared("AutoLoRA", "over those by chance", "than those read off a β that learned nothing",
-                 "autolora", "chance"),
-        compared("AutoLoRA", "over those of a null search",
-                 "than those of a search by rows with others' answers", "autolora", "null"),
-        compared("AutoLoRA", "over equal ones, scales held",
-                 "than equal ones, where every scale is held at α/k",
-                 "fixed-found", "fixed-uniform"),
-        compared("AutoLoRA", "as good as r = k everywhere",
-                 "they are as good as r = k everywhere (not the paper's claim)",
-                 "autolora", "lora", ("as good as r = k",), kind="no worse"),
-        compared("AutoLoRA", "needs the second term",
-                 "it needs the second term of its gradient (η = 0.01)", "autolora", "first-order"),
-        Row("AutoLoRA", "it finds what layers need: the searches of all seeds agree", agree),
-        Row("AutoLoRA", "it finds planted ranks: off by less than half of what one rank for all is",
-            planted, by="planted.py"),
-        Row("AutoLoRA", "and by softmax better than by σ (its ablation)", over_sigmoid,
-            by="planted.py"),
-        Row("AutoLoRA", "or by β itself", over_none, by="planted.py"),
-    ]
+def tests():
+    """[Test]: every claim of claims.csv in every setting."""
+    measures = {measure.__name__: measure for measure in MEASURES}
+    found = []
+    with open(results.ROOT / "experiments" / "claims.csv", newline="") as f:
+        for claim in csv.DictReader(f):
+            for setting in SETTINGS:
+                if claim[setting]:
+                    name, *arguments = claim[setting].split()
+                    comparison = measures[name](setting, *arguments)
+                    found.append(Test(claim, setting, MEASURES[measures[name]], arguments,
+                                      comparison, **judge(claim["kind"], comparison)))
+    return found
 
 
-def forgetting():
-    def forgets(name, says, control, smollm=()):
-        """The row of a claim that LoRA's loss on the base's skills is lower."""
-        losses = {}
-        for task in ("skills", "instruct"):
-            both = (log_loss(run, task) for run in ("lora-instruct", control))
-            losses[task] = same_seeds(*both)
-        claim = Claim(name, f"lora-instruct and {control}", *losses["skills"], OF_LOSS,
-                      smaller=True)
-        found = []
-        for task, label in (("skills", "loss on skills"), ("instruct", "on instruct")):
-            averages = [mean(map(exp, group)) for group in losses[task]]
-            found.append("{} {:.2f} and {:.2f}".format(label, *averages))
-        return Row("LoRA learns less and forgets less", says, claim, "; ".join(found), smollm)
-
-    paper = "Intruder dimensions"
-    ours, gaussians = (intruders("lora-instruct", kind) for kind in ("real", "null"))
-    over_full = Claim("more intruders than full", "of ten vectors, LoRA's and full's",
-                      *same_seeds(ours, intruders("full-instruct")), OF_INTRUDERS)
-    over_chance = Claim("more intruders than a Gaussian", "of ten vectors, LoRA's and a Gaussian's",
-                        ours, gaussians, OF_INTRUDERS)
-    found = go_with_forgetting()
-    together = Claim("intruders go with forgetting", "correlation over 13 kinds of runs, and 0",
-                     found, [0] * len(found), OF_CORRELATION)
-    return [
-        forgets("forgets less than full", "LoRA forgets less than full fine-tuning",
-                "full-instruct", ("forgets less",)),
-        forgets("also at equal loss",
-                "also than full fine-tuning at a rate that learns as much, by the pilot", AS_GOOD),
-        Row(paper, "LoRA has more of them than full fine-tuning", over_full),
-        Row(paper, "and more than a Gaussian ΔW as large", over_chance),
-        Row(paper, "their number goes with what was forgotten", together),
-    ]
-
-
-def exactly(ratio):
-    """And its quartiles, of a ratio of sizes."""
-    return ratio, (ratio, ratio)
-
-
-def speed():
-    """Of bench.py's model, by the quartiles of its rounds."""
-    steps, merged = BENCH["training"], next(iter(BENCH["latency"].values()))["LoRA, merged"]
-    full, search = steps["full fine-tuning"], steps["AutoLoRA's search, forward"]
-    inverse = sorted(1 / ratio for ratio in full["quartiles"])
-    blocks = steps["MultiLoRA, n = 4"]
-    smaller = {what: steps["LoRA"][what] / full[what] for what in ("optimizer_MB", "file_MB")}
-    tried = [(1 + ratio / 2) / 8 for ratio in (search["ratio"], *search["quartiles"])]
-    return [
-        Ratio("LoRA's optimizer state is smaller (of GPT-3: 10,000 times fewer parameters)",
-              "AdamW's moments, LoRA / full", *exactly(smaller["optimizer_MB"]), 1.0),
-        Ratio("and so is its file", "LoRA / full", *exactly(smaller["file_MB"]), 1.0),
-        Ratio("LoRA's steps are faster than full fine-tuning's (25 % for GPT-3)",
-              "a step, LoRA / full", 1 / full["ratio"], inverse, 1.0),
-        Ratio("LoRA, once merged, has no latency (table 1)",
-              "a forward pass, merged / the base", merged["ratio"], merged["quartiles"], 1.02),
-        Ratio("MultiLoRA is as fast as LoRA", "a step, MultiLoRA / LoRA", blocks["ratio"],
-              blocks["quartiles"], 1.05),
-        Ratio("a step of AutoLoRA's search costs little more than three of LoRA",
-              "a step of the search / LoRA's", search["ratio"], search["quartiles"], 3.3),
-        Ratio("a search is cheaper than trying its eight ranks one by one",
-              "a run and half as many steps of search / eight runs", tried[0], tried[1:], 1.0),
-    ]
-
-
-PARTS = {f.__name__: f for f in (pilot, methods, ranks, targets, subspaces, blocks, single,
-                                 autolora, forgetting)}
-MINUTES = {"pilot": 73, "methods": 18, "ranks": 4, "targets": 12, "subspaces": 10, "blocks": 24,
-           "single": 64, "autolora": 60, "forgetting": 20, "planted.py": 9}     # on two cores
-
-
-def rows():
-    """[(part of nano.sh, its Row)], paper by paper."""
-    found = [(part, row) for part, claims in PARTS.items() for row in claims()]
-    order = list(PAPERS)
-    return sorted(found, key=lambda pair: order.index(pair[1].paper))
-
-
-def main(part, folder):
-    results.RESULTS = Path(folder)
-    for row in PARTS[part]():
-        print(row.says)
-        print(f"    {row.shown()}")
-        print(f"    gain {gain(row.claim)} seeds: {row.claim.verdict()}")
+def main():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--results", type=Path, default=results.RESULTS, help="folder of CSV files")
+    results.RESULTS = p.parse_args().results
+    for test in tests():
+        if test.n:
+            print(f"{test.claim['claim']}\n    {SETTINGS[test.setting]}, {test.label()}: "
+                  f"{test.effect:+.3f} [{test.low:+.3f}, {test.high:+.3f}], {test.n} "
+                  f"{test.comparison.unit}, δ = {test.comparison.delta:g}: {test.verdict}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,78 +1,103 @@
 """
-The numbers that are reported: runs of nano on rows that chose no setting.
+Measure runs on nano's tasks on the test set: rows that were never used for tuning.
 
-    python experiments/measure.py out/nano/lora-seed?.pt [--skills] [--share 0/2]
+    python experiments/measure.py out/nano/lora-seed0.pt            # writes lora-seed0-test.json
+    python experiments/measure.py out/nano/lora-instruct-seed0.pt --skills
+    python experiments/measure.py --sum out/sum.json out/nano/lora-{arith,infer}-seed0.pt
 
-Training holds out `valid` rows, by which learning rates and the like were chosen. These are 200
-others of each task (of `facts`, which asks for what it has taught, the same). Into NAME-test.json
-beside each checkpoint, which collect.py puts into its row; --skills adds the loss on the base's own
-skills: what was forgotten. --share i/n takes every n-th checkpoint, for n processes.
+The test set has 200 rows of each task that are neither training nor validation rows; `facts` has
+its training rows, because it asks for what it has taught. --skills adds the loss on the base's own
+skills, --text that on held-out windows of a plain text; both measure forgetting. --sum measures the
+sum of several adapters, Σ w ΔW, with the one weight w that has the lowest loss on validation rows.
 """
 import argparse
 import json
 import random
-import sys
 from pathlib import Path
+from statistics import mean
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import variants         # so that their layers can be loaded
+import controls         # so that its layers can be loaded
 from evaluate import evaluate
-from support import checkpoint, data, distributed
-from support.tasks import MIXTURE, SKILLS, builtin
+from support import adapter_state, checkpoint, data, distributed
+from support.tasks import MIXTURE, builtin
 
 ROWS = 200
-WINDOW = 512        # tokens of a window of plain text
-MEASURES = "loss", "exact"
+WINDOW = 512            # tokens of a window of plain text
+WEIGHTS = (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 
 
 def test_rows(name):
-    """Rows of a task of the mixture that are in neither part of it."""
+    """Rows of a task of the mixture that occur in neither of its two parts."""
     train, valid = builtin(name)
     if name == "facts":
         return valid
-    known, rows, dice = {prompt for prompt, _ in train + valid}, {}, random.Random(f"test {name}")
+    known = {prompt for prompt, _ in train + valid}
+    rng = random.Random(f"test {name}")
+    rows = {}
     while len(rows) < ROWS:
-        prompt, answer = MIXTURE[name](dice)
+        prompt, answer = MIXTURE[name](rng)
         if prompt not in known:
             rows[prompt] = answer
     return list(rows.items())
 
 
-def test_task(name, tok):
-    return data.Task(name, [], [data.encode(tok, *row) for row in test_rows(name)])
+class Measured:
+    """A run whose model can be measured on several kinds of rows."""
+
+    def __init__(self, path):
+        self.saved, self.settings = checkpoint.open_run(path)
+        self.device = distributed.pick_device("cpu")
+        self.model = checkpoint.start_model(self.settings, self.device)
+        self.tok = data.tokenizer(self.model.config.vocab_size)
+
+    def evaluate(self, tasks, generate=False):
+        return evaluate(self.model, tasks, self.tok, self.settings, self.device, generate)
+
+    def loss(self, names, rows, block_size=None):
+        """The mean loss over tasks, on so many validation rows of each."""
+        block_size = block_size or self.settings.block_size
+        found = self.evaluate(data.load(names, self.tok, block_size, rows))
+        return mean(r["loss"] for r in found.values())
+
+    def test(self, names):
+        """{"mean.loss": ..., "arith.exact": ...} on the test rows of these tasks."""
+        tasks = []
+        for name in names:
+            rows = [data.encode(self.tok, *row) for row in test_rows(name)]
+            tasks.append(data.Task(name, [], rows))
+        found = self.evaluate(tasks, generate=True)
+        row = {}
+        for measure in ("loss", "exact"):
+            row[f"mean.{measure}"] = mean(r[measure] for r in found.values())
+            for name, result in found.items():
+                row[f"{name}.{measure}"] = result[measure]
+        return row
 
 
-def means(found, measures=MEASURES):
-    """Over the tasks."""
-    return {key: sum(r[key] for r in found.values()) / len(found) for key in measures}
-
-
-def of_test_rows(model, names, tok, settings, device):
-    """{"mean.loss": ..., "arith.exact": ...} of these tasks."""
-    tasks = [test_task(name, tok) for name in names]
-    found, row = evaluate(model, tasks, tok, settings, device, generate=True), {}
-    for name, result in [("mean", means(found)), *found.items()]:
-        for key in MEASURES:
-            row[f"{name}.{key}"] = result[key]
-    return row
-
-
-def measure(path, skills, text, device):
-    """{"mean.loss": ..., "arith.exact": ..., "skills.loss": ...} of a checkpoint."""
-    saved, settings = checkpoint.open_run(path)
-    model = checkpoint.start_model(settings, device)
-    checkpoint.restore(saved, model)
-    tok = data.tokenizer(model.config.vocab_size)
-    names = MIXTURE if settings.data == ["mixture"] else settings.data
-    row = of_test_rows(model, names, tok, settings, device)
+def measure(path, skills=False, text=None):
+    run = Measured(path)
+    checkpoint.restore(run.saved, run.model)
+    row = run.test(MIXTURE if run.settings.data == ["mixture"] else run.settings.data)
     if text:
-        tasks = data.load([text], tok, WINDOW)
-        row["text.loss"] = means(evaluate(model, tasks, tok, settings, device), ["loss"])["loss"]
+        row["text.loss"] = run.loss([text], 200, WINDOW)
     if skills:
-        tasks = data.load(["skills"], tok, settings.block_size, 100)
-        row["skills.loss"] = means(evaluate(model, tasks, tok, settings, device), ["loss"])["loss"]
+        row["skills.loss"] = run.loss(["skills"], 100)
     return row
+
+
+def measure_sum(paths):
+    """The sum of these runs' adapters, on the mixture."""
+    run = Measured(paths[0])
+    adapters = [checkpoint.open_run(path)[0]["adapter"] for path in paths]
+
+    def loss_with(weight):
+        state = adapter_state.combine(adapters, [weight] * len(adapters))
+        adapter_state.load_state_dict(run.model, state)
+        return run.loss(["mixture"], run.settings.eval_rows)
+
+    best = min(WEIGHTS, key=loss_with)
+    loss_with(best)                             # the model has this weight again
+    return {"weight": best, **run.test(MIXTURE)}
 
 
 def main(argv=None):
@@ -80,20 +105,20 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoints", nargs="+", type=Path)
     p.add_argument("--skills", action="store_true")
-    p.add_argument("--text", metavar="FILE", help="add the loss on a .txt's held-out windows")
-    p.add_argument("--share", default="0/1", metavar="I/N")
+    p.add_argument("--text", metavar="FILE", help="a .txt")
+    p.add_argument("--sum", type=Path, metavar="JSON", help="measure the sum, and write it here")
     args = p.parse_args(argv)
-    i, n = map(int, args.share.split("/"))
-    device = distributed.pick_device("cpu")
-    for path in args.checkpoints[i::n]:
-        out = path.with_name(f"{path.stem}-test.json")
-        known = {}
-        if out.exists() and out.stat().st_mtime > path.stat().st_mtime:
-            known = json.loads(out.read_text())
-        if not known or args.skills and "skills.loss" not in known:
-            row = measure(path, args.skills, args.text, device)
-            out.write_text(json.dumps(row, indent=1) + "\n")
-            print(f"{path.stem}: exact match {row['mean.exact']:.3f}", flush=True)
+    if args.sum:
+        write(args.sum, measure_sum(args.checkpoints))
+    else:
+        for path in args.checkpoints:
+            row = measure(path, args.skills, args.text)
+            write(path.with_name(f"{path.stem}-test.json"), row)
+
+
+def write(path, row):
+    path.write_text(json.dumps(row, indent=1) + "\n")
+    print(f"{path}: loss {row['mean.loss']:.3f}, exact match {row['mean.exact']:.3f}")
 
 
 if __name__ == "__main__":

@@ -66,5 +66,5 @@ ended() {
 
 report() {
     ${ANALYZE:-python analyze.py} "${@:2}" --out "$DIR/$1" | grep -v "^figures and" | tee "$RESULTS/$1.txt"
-    python experiments/flatten.py "$DIR/$1" "$RESULTS/$1"
+    python experiments/results.py flatten "$DIR/$1" "$RESULTS/$1"
 }

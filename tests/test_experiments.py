@@ -1,97 +1,195 @@
-"""The experiments: the pages' tables are those of the results, and the scripts work in small."""
+"""The experiments: the grid is that of the published runs, and every script works in small."""
 import json
 import random
 
 import pytest
 import torch
 
+pytest.importorskip("scipy", reason="the evidence needs scipy: experiments/requirements.txt")
+
 import analyze
 import bench
-import collect
-import flatten
+import controls
 import lora
 import measure
-import ranks
+import planted
 import results
-import score
-import summed
-import tables
+import runs
 import train
-import variants
 from results import read_csv
-from support import adapter_state, data
+from support import checkpoint, data
 from support.tasks import builtin
 
-CPU = torch.device("cpu")
+SMALL = "--data facts --steps 2 --batch_size 4 --eval_rows 2 --device cpu".split()
 
 
-@pytest.mark.parametrize("page", tables.READMES, ids=["README", "experiments"])
-def test_the_tables_of_the_pages_are_those_of_the_results(page):
-    text = page.read_text()
-    assert "<!-- end -->" in text
-    assert tables.fill(text) == text
+# The grid and the pool ---------------------------------------------------------------------------
+
+def test_the_grid_is_that_of_the_published_runs():
+    for model in ("nano", "smollm"):
+        checked = 0
+        for name, row in runs.read_grid(runs.SETTINGS[model]).items():
+            flags = runs.FLAGS[row["setting"]].format(shared="shared") + " " + row["flags"]
+            settings, _ = train.parse(flags.split())
+            for seed, run in results.runs(name, f"{model}_runs.csv").items():
+                for key in ("method", "lr", "steps", "batch_size", "rank", "n_blocks", "targets",
+                            "search_steps", "hypergrad"):
+                    expected = getattr(settings, key)
+                    assert run.get(key, expected) == expected, (name, key)
+                assert run["seed"] == seed + int(row["seed_offset"] or 0)
+                assert seed in row["seeds"]
+                checked += 1
+        assert checked == len(read_csv(f"{model}_runs.csv"))
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The folder of a run of AutoLoRA and one of its ranks shuffled, and their results."""
-    folder = tmp_path_factory.mktemp("runs")
-    small = "--data facts --steps 2 --batch_size 4 --eval_rows 2 --out".split()
-    auto, lora, new = (str(folder / f) for f in ("auto-seed0.pt", "lora-seed1.pt", "new/ranks.pt"))
-    search = "--method autolora --targets q up --rank 4 --search_steps 3".split()
-    found = {"auto-seed0": train.main([*search, *small, auto])}
-    ranks.main([auto, "shuffled", "0", new])
-    return folder, found | {"lora-seed1": train.main(["--ranks_from", new, *small, lora, "--seed", "1"])}
+def test_a_group_comes_after_the_groups_that_it_needs():
+    grid = runs.read_grid(["nano"])
+    assert list(runs.choose(grid, ["fixed-uniform", "lora-r1"])) == ["lora-r1", "autolora",
+                                                                     "fixed-uniform"]
+    sweep = runs.choose(grid, ["pilot-r8"])
+    assert len(sweep) == 4 and all(name.startswith("pilot-r8-lr") for name in sweep)
 
 
-def test_analyses_become_the_tables_that_the_claims_are_read_from(runs, tmp_path):
-    paths = [str(path) for path in sorted(runs[0].glob("*.pt"))]
-    studies = "--study subspace intruders --layers 0 --targets q --device cpu --out".split()
-    analyze.main([*paths, *studies, str(tmp_path)])
-    flatten.main(tmp_path, tmp_path / "own")
-    for own, stored in (("own", "nano_methods"), ("own_pairs", "nano_subspaces_pairs"),
-                        ("own_intruders", "nano_methods_intruders")):
-        row = read_csv(tmp_path / f"{own}.csv")[0]
-        assert row.keys() == read_csv(f"{stored}.csv")[0].keys()
+def test_missing_jobs_run_once_in_order_and_resume(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.py").write_text(
+        "import sys; open('log', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+        "sys.exit('fail' in sys.argv)\n")
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
 
+    def call(*jobs):
+        runs.run_all(jobs, tmp_path, 2)
+        return (tmp_path / "log").read_text().split("\n")[:-1]
+
+    first = runs.Job("a", "job.py", "--train", [], tmp_path / "a.pt")
+    second = runs.Job("b", "job.py", "--measure", ["a"])
+    assert call(second, first) == ["--train", "--measure"]
+    third = runs.Job("c", "job.py", "--train fail", [], tmp_path / "c.pt")
+    with pytest.raises(SystemExit, match="failed"):
+        call(first, third, runs.Job("d", "job.py", "--after", ["c"]))
+    (tmp_path / "c.pt").write_text("unfinished")
+    assert call(first, third)[2:] == ["--train fail", f"--resume {tmp_path}/c.pt"]
+    with pytest.raises(SystemExit, match="another command"):
+        call(runs.Job("a", "job.py", "--other", []))
+
+
+# Controls ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(5))
-def test_other_ranks_cost_what_the_found_ones_cost(seed):
-    dice = random.Random(seed)
-    found = {name: dice.randint(1, 16) for name in "abcdefgh"}
+def test_other_ranks_have_as_many_parameters(seed):
+    rng = random.Random(seed)
+    found = {name: rng.randint(1, 16) for name in "abcdefgh"}
     cost = {name: 256 if name < "e" else 640 for name in found}
-    null = dict.fromkeys(found, dice.randint(1, 16))
-    for kind in ("uniform", "random", "shuffled", "chance", "null"):
-        new = ranks.deal(dict(found), kind, cost, 16, dice, null)
-        left = sum(cost[name] * (found[name] - new[name]) for name in found)
+    null = dict.fromkeys(found, rng.randint(1, 16))
+    for kind in controls.KINDS:
+        new = controls.other_ranks(dict(found), kind, cost, 16, rng, null)
+        left = controls.total(found, cost) - controls.total(new, cost)
         assert new.keys() == found.keys() and all(1 <= r <= 16 for r in new.values())
-        assert 0 <= left < 640 and (left == 0 or kind != "shuffled")
+        assert 0 <= left < 640 and (left == 0 or kind not in ("found", "shuffled"))
         assert kind != "uniform" or max(new.values()) - min(new.values()) <= 1
+        for shape in (256, 640):
+            names = [name for name in found if cost[name] == shape]
+            same = sorted(found[n] for n in names) == sorted(new[n] for n in names)
+            assert same or kind not in ("found", "shuffled")
 
 
-def test_ranks_of_a_null_stay_if_they_cost_as_much():
-    found, null = {"a": 1, "b": 5, "c": 2}, {"a": 4, "b": 2, "c": 2}
-    for kind, expected in (("null", null), ("shuffled", found)):
-        new = ranks.deal(found, kind, dict.fromkeys(found, 256), 8, random.Random(0), null)
-        assert sorted(new.values()) == sorted(expected.values())
+def test_chance_finds_half_of_the_candidates():
+    rng = random.Random(0)
+    found = [controls.chance_rank(16, rng) for _ in range(2000)]
+    assert 7.8 < sum(found) / len(found) < 8.2 and min(found) < 6 and max(found) > 10
 
 
-def test_the_benchmark_runs(tmp_path):
-    small = "--rounds 2 --n_layer 1 --n_embd 64 --vocab_size 300 --batch 1 8 --latency 1x8"
-    more, d, out = "--generate 4 4 --device cpu --out", 64, tmp_path / "bench.json"
-    bench.main([*small.split(), *more.split(), str(out)])
-    found = json.loads(out.read_text())
-    ours, full = found["training"]["LoRA"], found["training"]["full fine-tuning"]
-    assert ours["ratio"] == 1 and ours["parameters"] == 8 * (4 * 2 * d + 2 * 5 * d)
-    assert full["optimizer_MB"] == pytest.approx(8e-6 * full["parameters"], rel=0.01)
-    assert full["file_MB"] == pytest.approx(4e-6 * full["parameters"], rel=0.05)
-    assert full["flops"] == pytest.approx(3 * 2 * 8 * full["parameters"], rel=0.2)
-    assert tables.BENCH["latency"]["1 x 128"].keys() == found["latency"]["1 x 8"].keys()
-    missing = tables.BENCH["training"].keys() - found["training"].keys()
-    assert all("peft" in name or "loralib" in name for name in missing)
+def test_a_layer_differs_in_one_thing(gpt):
+    expected = {controls.FixedScale: (2, False), controls.LearnedScale: (4, False),
+                controls.RandomB: (4, True)}
+    for layer, (scale, random_b) in expected.items():
+        lora.inject(gpt, "q", 4, layer, alpha=16)
+        m = lora.adapters(gpt)["h.0.attn.q"]
+        found = torch.as_tensor(m.scale()).detach().tolist()
+        assert found in (scale, [scale]) and bool(m.B.any()) == random_b        # α/8 with k = 8
+        assert hasattr(m, "s") == (layer is controls.LearnedScale)
+        lora.remove(gpt)
 
 
-def test_test_rows_are_in_no_other_part():
+def test_permuted_labels_are_the_same_prompts_and_labels_in_other_pairs():
+    tasks = data.load(["arith"], data.tokenizer(257), 512)
+    first, second = controls.split_for_search(tasks, 0.7, 0)
+    same, permuted = controls.permuted_split(tasks, 0.7, 0)
+    assert same[0].train == first[0].train
+    prompts = []
+    labels = []
+    for rows in (second[0].train, permuted[0].train):
+        prompts.append([row.ids[:row.prompt_len] for row in rows])
+        labels.append([row.ids[row.prompt_len:] for row in rows])
+    assert prompts[0] == prompts[1] and labels[0] != labels[1]
+    assert sorted(labels[0]) == sorted(labels[1])
+
+
+# From runs to results ----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A search, and controls that need its ranks or another layer."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = str(folder / "auto-seed0.pt")
+    train.main([*"--method autolora --targets q up --rank 4 --search_steps 3".split(), *SMALL,
+                "--out", found])
+    methods = dict(train.METHODS)
+    controls.main(["--found", found, "--ranks", "shuffled", "--layer", "fixed-scale", *SMALL,
+                   "--seed", "1", "--out", str(folder / "lora-seed1.pt")])
+    train.METHODS.update(methods)
+    return folder
+
+
+def test_a_control_has_other_ranks_and_another_layer(folder):
+    found, _ = checkpoint.open_run(folder / "auto-seed0.pt")
+    control, settings = checkpoint.open_run(folder / "lora-seed1.pt")
+    ranks = [[len(own["A"]) for own in saved["adapter"]["tensors"].values()]
+             for saved in (found, control)]
+    assert sorted(ranks[0]) == sorted(ranks[1]) and settings.seed == 1
+    assert control["adapter"]["layer"] == "FixedScale"
+    assert measure.measure(folder / "lora-seed1.pt")["mean.loss"] > 0       # it can be loaded
+
+
+def test_runs_and_analyses_become_the_published_tables(folder, tmp_path, monkeypatch):
+    (folder / "lora-seed1-test.json").write_text('{"mean.loss": 0.5, "text": "not a number"}')
+    samples = results.collect(folder, tmp_path / "runs.csv")
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    run = results.runs("lora", "runs.csv")[1]
+    assert run["test.mean.loss"] == 0.5 and run["method"] == "lora"
+    assert "rank" not in run and "test.text" not in run
+    assert len(run.get("ranks", "1 1").split()) == 8 and "lora-seed1" in samples
+    paths = [str(path) for path in sorted(folder.glob("*.pt"))]
+    studies = "--study amplification subspace intruders --layers 0 --targets q --device cpu --out"
+    analyze.main([*paths, *studies.split(), str(tmp_path)])
+    results.flatten(tmp_path, tmp_path / "own")
+    for own, stored in (("own", "nano_methods"), ("own_pairs", "nano_subspaces_pairs"),
+                        ("own_intruders", "nano_methods_intruders")):
+        columns = read_csv(f"{own}.csv")[0].keys()
+        published = results.parse_csv(runs.ROOT / "experiments" / "results" / f"{stored}.csv")
+        assert published[0].keys() <= columns, own
+
+
+def test_no_run_counts_twice_in_phi(tmp_path, monkeypatch):
+    records = []
+    for a, b, phi in ((0, 1, 0.2), (1, 0, 0.4), (0, 2, 0.9), (1, 2, 0.9), (2, 3, 0.6), (3, 5, 0.9)):
+        for target, more in (("q", 0), ("v", 0.1)):
+            ends = [phi + more, 1]
+            records.append({"pair": "x and y", "a": f"x-seed{a}", "b": f"y-seed{b}",
+                            "name": f"h.0.{target}", "input": ends, "output": ends, "random": ends})
+    records.append({**records[0], "pair": "x and z", "input": [0.9, 1]})
+    results.write_csv(results.pair_rows(records), tmp_path / "pairs.csv")
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    found = results.phi("pairs.csv", "x and y", "input.first")
+    assert found == pytest.approx({0: 0.35, 2: 0.65})
+    q = results.phi("pairs.csv", "x and y", "input.first", ".q")
+    assert q == pytest.approx({0: 0.3, 2: 0.6})
+    assert len(results.pair_rows([{**records[0], "a": "gpt2-demo", "b": "gpt2-rows"}])) == 1
+
+
+# Measuring ---------------------------------------------------------------------------------------
+
+def test_test_rows_are_neither_training_nor_validation_rows():
     for name in ("arith", "infer"):
         train_rows, valid = builtin(name)
         others = {prompt for prompt, _ in train_rows + valid}
@@ -101,90 +199,44 @@ def test_test_rows_are_in_no_other_part():
 
 
 def test_two_halves_of_one_adapter_are_the_adapter(tmp_path, monkeypatch):
-    """And of three weights the one of the lowest held-out loss is taken."""
-    small = "--data facts --steps 10 --batch_size 8 --eval_rows 5 --rank 2 --device cpu --out".split()
-    train.main([*small, str(tmp_path / "a.pt")])
-    monkeypatch.setattr(measure, "ROWS", 2)
-    monkeypatch.setattr(summed, "WEIGHTS", (0.5,))
-    found = summed.summed([tmp_path / "a.pt"] * 2, CPU)
-    alone = measure.measure(tmp_path / "a.pt", False, CPU)
-    assert "arith.loss" not in alone
-    forgot = measure.measure(tmp_path / "a.pt", True, CPU)
-    assert forgot.keys() - alone.keys() == {"skills.loss"} and forgot["skills.loss"] > 0
-    assert found["test.facts.loss"] == pytest.approx(alone["facts.loss"], rel=1e-4)
+    """And the weight with the lowest validation loss is taken."""
+    path = tmp_path / "a.pt"
+    train.main([*SMALL, "--rank", "2", "--out", str(path)])
+    monkeypatch.setattr(measure, "MIXTURE", ["facts"])
+    alone = measure.measure(path)
+    monkeypatch.setattr(measure, "WEIGHTS", (0.5,))
+    assert measure.measure_sum([path] * 2)["facts.loss"] == pytest.approx(alone["facts.loss"],
+                                                                         rel=1e-4)
     losses = {0.1: 3.0, 0.2: 1.0, 0.3: 2.0}
-    monkeypatch.setattr(summed, "WEIGHTS", tuple(losses))
-    monkeypatch.setattr(summed, "means", lambda *_: {"loss": losses[weights[-1][0]]})
-    weights, combine = [], adapter_state.combine
-    monkeypatch.setattr(lora, "combine", lambda a, w: weights.append(w) or combine(a, w))
-    found = summed.summed([tmp_path / "a.pt"] * 2, CPU)
-    assert found["weight"] == 0.2 and weights[-1] == [0.2, 0.2]
+    weights = []
+    combine = measure.adapter_state.combine
+    monkeypatch.setattr(measure, "WEIGHTS", tuple(losses))
+    monkeypatch.setattr(measure.adapter_state, "combine",
+                        lambda states, w: weights.append(w) or combine(states, w))
+    monkeypatch.setattr(measure.Measured, "loss", lambda *_: losses[weights[-1][0]])
+    assert measure.measure_sum([path] * 2)["weight"] == 0.2 and weights[-1] == [0.2, 0.2]
 
 
-def test_a_variant_differs_in_one_thing(gpt):
-    lora.inject(gpt, "q", 4, variants.FixedScale, alpha=16)
-    m = lora.adapters(gpt)["h.0.attn.q"]
-    assert m.scale() == 2 and not m.B.any()                     # α/k with k = 8, not α/r
-    lora.remove(gpt)
-    lora.inject(gpt, "q", 4, variants.LearnedScale, alpha=16)
-    m = lora.adapters(gpt)["h.0.attn.q"]
-    assert m.scale().tolist() == [4] and m.s.requires_grad and not m.B.any()
-    lora.remove(gpt)
-    lora.inject(gpt, "q", 4, variants.RandomB, alpha=16)
-    m = lora.adapters(gpt)["h.0.attn.q"]
-    assert m.scale() == 4 and m.B.any()
+def test_the_benchmark_runs(tmp_path):
+    out = tmp_path / "bench.json"
+    bench.main([*"--rounds 2 --n_layer 1 --n_embd 64 --vocab_size 300 --batch 1 8 --latency 1x8 "
+                 "--device cpu --out".split(), str(out)])
+    found = json.loads(out.read_text())
+    ours, full = found["training"]["LoRA"], found["training"]["full fine-tuning"]
+    assert ours["ratio"] == 1 and ours["parameters"] == 8 * (4 * 2 * 64 + 2 * 5 * 64)
+    assert full["optimizer_MB"] == pytest.approx(8e-6 * full["parameters"], rel=0.01)
+    published = results.read_json("bench_cpu.json")
+    assert published["latency"]["1 x 128"].keys() == found["latency"]["1 x 8"].keys()
+    missing = published["training"].keys() - found["training"].keys()
+    assert all("peft" in name or "loralib" in name for name in missing)
 
 
-def test_shuffled_rows_are_the_same_prompts_and_answers_but_not_together():
-    tok = data.tokenizer(257)
-    tasks = data.load(["arith"], tok, 512)
-    first, second = data.split_for_search(tasks, 0.7, 0)
-    same, shuffled = variants.shuffled_halves(tasks, 0.7, 0)
-    assert same[0].train == first[0].train
-    prompts, answers = [], []
-    for rows in (second[0].train, shuffled[0].train):
-        prompts.append([row.ids[:row.prompt_len] for row in rows])
-        answers.append([row.ids[row.prompt_len:] for row in rows])
-    assert prompts[0] == prompts[1] and answers[0] != answers[1]
-    assert sorted(answers[0]) == sorted(answers[1])
-
-
-def test_slots_that_a_text_names():
-    prompts = ["name : Aromi | food : Chinese | family friendly : yes", "name : The Mill"]
-    assert score.slots_named(prompts, ["aromi sells food .", "The Mill is open ."]) == 2 / 3
-
-
-def test_texts_of_one_meaning_are_its_references(tmp_path):
-    rows = [{"prompt": p, "completion": c} for p, c in (("a", " x"), ("b", "y"), ("a", "z"))]
-    file = tmp_path / "test.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    assert score.references(file) == {"a": ["x", "z"], "b": ["y"]}
-
-
-def test_no_run_counts_twice_in_phi(tmp_path, monkeypatch):
-    found = []
-    for a, b, phi in ((0, 1, 0.2), (1, 0, 0.4), (0, 2, 0.9), (1, 2, 0.9), (2, 3, 0.6), (3, 5, 0.9)):
-        for target, more in (("q", 0), ("v", 0.1)):
-            ends = [phi + more, 1]
-            found.append({"pair": "x and y", "a": f"x-seed{a}", "b": f"y-seed{b}",
-                          "name": f"h.0.{target}", "input": ends, "output": ends, "random": ends})
-    found.append({**found[0], "pair": "x and z", "input": [0.9, 1]})
-    collect.write(flatten.pairs(found), tmp_path / "pairs.csv")
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    assert results.phi("pairs.csv", "x and y", "first") == pytest.approx([0.35, 0.65])
-    assert results.phi("pairs.csv", "x and y", "first", target="q") == pytest.approx([0.3, 0.6])
-    assert flatten.couple("gpt2-demo", "gpt2-rows")             # others' adapters have no seeds
-
-
-def test_a_missing_seed_is_no_end(tmp_path, monkeypatch):
-    collect.write([{"name": f"x-seed{seed}"} for seed in (0, 1, 3)], tmp_path / "runs.csv")
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    for name in ("x", "y"):
-        with pytest.raises(KeyError, match="x-seed2|y-seed0"):
-            results.seeds(name, "runs.csv")
-
-
-def test_chance_finds_half_of_the_candidates():
-    found = ranks.chance_ranks(dict.fromkeys(range(2000), 3), 16, random.Random(0))
-    mean = sum(found.values()) / len(found)
-    assert 7.8 < mean < 8.2 and min(found.values()) < 6 and max(found.values()) > 10
+def test_planted_ranks_are_searched(tmp_path):
+    planted.main(["--seeds", "1", "--steps", "10", "--out", str(tmp_path / "planted.csv")])
+    rows = results.parse_csv(tmp_path / "planted.csv")
+    assert len(rows) == len(planted.SEARCHES)
+    assert rows[0].keys() == read_csv("planted.csv")[0].keys()
+    published = results.select(read_csv("planted.csv"), seed=100, step=10, search="default")[0]
+    for key in published:
+        if key.startswith("rank"):
+            assert rows[0][key] == published[key]       # this run has been published
