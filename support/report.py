@@ -6,7 +6,6 @@ panel it is drawn, its values, and those of its Gaussian null.
 """
 import math
 import sys
-import textwrap
 
 import matplotlib
 import numpy as np
@@ -204,7 +203,7 @@ def maps(path, title, panels, columns):
     rows = len(panels) // columns
     fig, grid = plt.subplots(rows, columns, squeeze=False, layout="constrained")
     fig.set_size_inches(2.3 * columns, 2.3 * rows)
-    fig.suptitle(textwrap.fill(escape_dollar(title), 22 * columns), fontsize=11)
+    fig.suptitle(escape_dollar(title), fontsize=11)
     for ax, (text, phi) in zip(grid.flat, panels):
         n, m = phi.shape
         image = ax.imshow(phi.T.cpu().numpy(), vmin=0, vmax=1, aspect="auto", origin="lower",
