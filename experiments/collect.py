@@ -61,11 +61,11 @@ def results(before, after):
 
 
 def scores(path):
-    """What measure.py found of a checkpoint, or score.py, and of its base."""
+    """The results of measure.py and of `e2e.py score` for a checkpoint and for its base model."""
     row, test = {}, path.with_name(f"{path.stem}-test.json")
     if test.exists():
         row = {f"test.{name}": value for name, value in json.loads(test.read_text()).items()}
-    for when in ("score", "untrained"):
+    for when in ("score", "untrained", "beam"):
         file = path.with_name(f"{path.stem}-{when}.json")
         if file.exists():
             found = json.loads(file.read_text())

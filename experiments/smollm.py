@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct, a language model that no one here made, through the same 
     python experiments/smollm.py train --data data/e2e --batch_size 8 --steps 150 --out out/a.pt
     python experiments/smollm.py evaluate out/a.pt --prompt "name : Aromi | food : Chinese"
     python experiments/smollm.py analyze out/a.pt
-    python experiments/smollm.py score out/a.pt --data data/e2e     # score.py
+    python experiments/smollm.py score out/a.pt --data data/e2e     # e2e.py score
     python experiments/smollm.py check data/e2e     # has transformers alone the same numbers?
 
 Each takes all its flags; --targets are q_proj k_proj v_proj o_proj gate_proj up_proj down_proj, or
@@ -28,9 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import analyze
+import beam
+import e2e
 import evaluate
 import measure
-import score
 import train
 from support import checkpoint, cli, data
 
@@ -88,17 +89,29 @@ class SmolLM(nn.Module):
         return logits, F.cross_entropy(logits, targets[counts], label_smoothing=label_smoothing)
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, stop=None):
+    def generate(self, prompts, max_new_tokens, stop=None, **options):
         """Greedy, as GPT.generate: lists of new ids, each cut before its first `stop`."""
-        longest, was_training = max(map(len, prompts)), self.training
+        longest = max(map(len, prompts))
         idx = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        was_training = self.training
         self.eval()
         rows = self.lm.generate(idx.to(self.lm.device), attention_mask=mask.to(self.lm.device),
                                 max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=stop,
-                                eos_token_id=stop)[:, longest:].tolist()
+                                eos_token_id=stop, **options)[:, longest:].tolist()
         self.train(was_training)
         return [row[:row.index(stop)] if stop in row else row for row in rows]
+
+    def beam_search(self, prompts, max_new_tokens, stop, n_beams, length_penalty):
+        """The same search as beam.beam_search, by transformers."""
+        longest = max(map(len, prompts))
+
+        def forbid_repetition(ids, log_p):
+            beam.forbid_repetition(log_p, ids[:, longest:], 4)      # of the new tokens alone
+            return log_p
+
+        return self.generate(prompts, max_new_tokens, stop, num_beams=n_beams,
+                             length_penalty=length_penalty, logits_processor=[forbid_repetition])
 
 
 class Tokenizer:
@@ -133,7 +146,8 @@ def check(folder):
 
 def main():
     doors = {"train": train.main, "evaluate": evaluate.main, "analyze": analyze.main,
-             "score": score.main, "measure": measure.main, "check": lambda argv: check(*argv)}
+             "score": lambda argv: e2e.main(["score", *argv]), "measure": measure.main,
+             "check": lambda argv: check(*argv)}
     door, *argv = sys.argv[1:] or [""]
     if door not in doors or (door == "check" and len(argv) != 1):
         sys.exit(__doc__)

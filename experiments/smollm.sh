@@ -36,9 +36,13 @@ LORA="--lr 4e-3" MULTI="--method multilora --lr 3.2e-2" FULL="--method full --lr
 AUTO="--method autolora $SEARCH --lr 4e-3"
 [ -f $NOVELS ] || xz -dc "$SHARED/text/novels.txt.xz" | tail -c 4000000 > $NOVELS
 
-score() {                                   # score NAME PROMPTS: score.py on $DIR/NAME.pt
+score() {                                   # score NAME PROMPTS: e2e.py on $DIR/NAME.pt, greedily
     background $DIR/$1-score.json $1-score $SMOLLM score $DIR/$1.pt --data $E2E --text $NOVELS \
-        --prompts $2
+        --greedy --prompts $2
+}
+
+beam() {                                    # beam NAME PROMPTS: the same by beam search
+    background $DIR/$1-beam.json $1-beam $SMOLLM score $DIR/$1.pt --data $E2E --prompts $2
 }
 
 measure() {                                 # measure NAME: measure.py on $DIR/NAME.pt
@@ -90,7 +94,10 @@ methods() {                                 # rank 16 on all seven; rank 8 as Au
     done
     finish
     for seed in ${SEEDS:-$SIX}; do
-        for method in lora multilora full autolora; do score $method-seed$seed $TEXTS; done
+        for method in lora multilora full autolora; do
+            score $method-seed$seed $TEXTS
+            beam $method-seed$seed $TEXTS
+        done
         score lora-all-r8-seed$seed 0
     done
     finish
@@ -130,7 +137,8 @@ mixture_sweep() {                           # learning rates on the mixture, on 
 }
 
 figures() {                                 # the studies, and the tables of the page
-    $SMOLLM score $DIR/lora-seed0.pt --untrained --data $E2E --text $NOVELS --prompts $TEXTS
+    $SMOLLM score $DIR/lora-seed0.pt --untrained --greedy --data $E2E --text $NOVELS \
+        --prompts $TEXTS
     report smollm_methods $DIR/{full,lora,multilora,autolora}-seed?.pt \
         --study spectrum amplification directions intruders ranks
     report smollm_subspaces $DIR/lora-qv-r4-seed?.pt $DIR/lora-qv-r64-seed?.pt \

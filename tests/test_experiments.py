@@ -13,7 +13,6 @@ import lora
 import measure
 import ranks
 import results
-import score
 import summed
 import tables
 import train
@@ -147,18 +146,6 @@ def test_shuffled_rows_are_the_same_prompts_and_answers_but_not_together():
         answers.append([row.ids[row.prompt_len:] for row in rows])
     assert prompts[0] == prompts[1] and answers[0] != answers[1]
     assert sorted(answers[0]) == sorted(answers[1])
-
-
-def test_slots_that_a_text_names():
-    prompts = ["name : Aromi | food : Chinese | family friendly : yes", "name : The Mill"]
-    assert score.slots_named(prompts, ["aromi sells food .", "The Mill is open ."]) == 2 / 3
-
-
-def test_texts_of_one_meaning_are_its_references(tmp_path):
-    rows = [{"prompt": p, "completion": c} for p, c in (("a", " x"), ("b", "y"), ("a", "z"))]
-    file = tmp_path / "test.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    assert score.references(file) == {"a": ["x", "z"], "b": ["y"]}
 
 
 def test_no_run_counts_twice_in_phi(tmp_path, monkeypatch):
