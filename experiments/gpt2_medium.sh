@@ -43,7 +43,7 @@ if [ "${TINY:-}" ]; then
     STEPS=3 SEARCH_STEPS=2 EVALUATION="--eval_rows 2 --eval_every 2" SCORE="--prompts 3"
     PRETRAINING="--model tiny --steps 3 --batch_size 4 --block_size 512 --eval_rows 2"
     LINES_OF_TEXT=1,4000p
-    BENCH="--n_layer 2 --n_embd 64 --vocab_size 500 --batch 2 32 --latency 1x16 --generate 8 8
+    BENCH="--n_layer 2 --n_embd 64 --vocab_size 500 --batch 2 32 --latency 1x16
         --rounds 3 --out $DIR/results/bench.json"
 fi
 E2E=$DIR/data/e2e ADAPTER=$DIR/data/gpt2_md_lora_e2e.pt TEXT=$DIR/data/novels.txt.xz

@@ -381,14 +381,6 @@ def ratio(row):
 
 # Into the pages ----------------------------------------------------------------------------------
 
-def smollm_sample():
-    """For the front page: a prompt, and what LoRA's seed 0 writes."""
-    lines = []
-    for line in read_json("smollm_samples.json")["lora-seed0"][-2:]:
-        lines.append(textwrap.fill(line, 92, subsequent_indent=7 * " "))
-    return textwrap.indent("\n".join(lines), "    ")
-
-
 def last_screen():
     """For the front page: the end of what train.py prints."""
     return textwrap.indent((results.RESULTS / "last_screen.txt").read_text().rstrip(), "    ")
@@ -397,7 +389,7 @@ def last_screen():
 BLOCKS = {f.__name__: f for f in (
     findings, verdict_counts, all_claims, missing_runs, methods, targets, blocks, learning_rates,
     all_learning_rates, smollm_e2e, smollm_mixture, found_ranks, planted, shared_directions,
-    forgetting, adapters, training_steps, forward_passes, smollm_sample, last_screen)}
+    forgetting, adapters, training_steps, forward_passes, last_screen)}
 
 
 def fill(text):
