@@ -27,7 +27,8 @@ tables' columns are:
     top-1          σ₁ / Σσ, the share of the largest singular value
     eff. rank      effective rank, exp of the entropy of σ / Σσ
     st. rank       stable rank, ‖ΔW‖² / σ₁²
-    amplif.        ‖ΔW‖ / ‖UᵀWV‖; a ΔW of full rank has its first 16 directions
+    amplif.        ‖ΔW‖ / ‖UᵀWV‖ in all directions of ΔW, or in the first 16 if its
+                   rank is above half of the full one
     first, all     φ of the first direction of each, and of all of them
 """
 import itertools
@@ -64,6 +65,14 @@ def svd(delta):
     Q2, R2 = torch.linalg.qr(A.T)
     U, S, Vh = torch.linalg.svd(R1 @ R2.T, full_matrices=False)
     return Q1 @ U, S, Q2 @ Vh.T
+
+
+def significant(U, S, V):
+    """U, S, V without singular values that are only rounding errors, so that equal ΔW have equal
+    measures however they are factored."""
+    tolerance = S[0] * max(len(U), len(V)) * torch.finfo(S.dtype).eps
+    rank = int((S > tolerance).sum())
+    return U[:, :rank], S[:rank], V[:, :rank]
 
 
 def top_share(S):
@@ -131,22 +140,32 @@ def gaussian(t, name):
     return torch.randn(t.shape, generator=generator).to(t)
 
 
-def gaussian_like(delta, name=""):
-    """The null: U, S, V of Gaussian factors, or of a Gaussian matrix, of ΔW's shapes and norm."""
-    if torch.is_tensor(delta):
-        null = gaussian(delta, name)
+def gaussian_like(U, S, V, name=""):
+    """
+    The null of ΔW = U diag(S) Vᵀ: U, S, V of a Gaussian ΔW of the same shape, rank r and norm. It
+    is the product of Gaussian factors, or for a rank above half of the full one, the first r
+    directions of a Gaussian matrix.
+    """
+    r = len(S)
+    if is_low_rank(U, S, V):
+        null = gaussian(U, f"{name} 0"), gaussian(V.T, f"{name} 1")
     else:
-        null = [gaussian(t, f"{name} {i}") for i, t in enumerate(delta)]
-    _, size, _ = svd(delta)
-    U, S, V = svd(null)
-    return U, S * (size.norm() / S.norm()), V
+        null = gaussian(U @ V.T, name)
+    U0, S0, V0 = svd(null)
+    return U0[:, :r], S0[:r] * (S.norm() / S0[:r].norm()), V0[:, :r]
+
+
+def is_low_rank(U, S, V):
+    """Whether the rank is at most half of the full one."""
+    return len(S) <= min(len(U), len(V)) / 2
 
 
 # One record per matrix
 
 def measures(W, U, S, V, r, scale_known):
     """The measures of one ΔW, with its size if the scale is known. If W is not None, it is
-    compared in the first r directions of ΔW."""
+    compared in the first r directions of ΔW; if it is zero there, the amplification is undefined
+    and left out."""
     U = U[:, :r]
     V = V[:, :r]
     values = {"S": S.tolist(), "top1": top_share(S), "effective_rank": effective_rank(S),
@@ -155,17 +174,17 @@ def measures(W, U, S, V, r, scale_known):
         values["delta"] = S.norm().item()
     if W is not None:
         values["projection"] = projected_norm(W, U, V)
-    if scale_known and W is not None:
+    if scale_known and W is not None and values["projection"] > 1e-6 * W.norm():
         values["amplification"] = amplification(W, U, S[:r], V)
     return values
 
 
 def record(c, name):
     """
-    The measures of one ΔW and, under "null", of its Gaussian; also fills c.svd. Low-rank ΔW are
-    compared with W in all their directions, full ΔW in their first 16, because all directions
-    would contain all of W. (`directions` uses 64, `subspace` all.) Raises ValueError if ΔW or W is
-    zero or not finite.
+    The measures of one ΔW and, under "null", of its Gaussian; also fills c.svd. W is compared in
+    all directions of ΔW, but if its rank is above half of the full one, only in the first 16,
+    because all would contain most of W. (`directions` uses 64, `subspace` all.) Raises ValueError
+    if ΔW or W is zero or not finite.
     """
     delta = c.delta[name]
     W = c.W.get(name)
@@ -173,27 +192,28 @@ def record(c, name):
         check_matrix(t, f"{c.path}: ΔW of {name}")
     if W is not None:
         check_matrix(W, f"{c.path}: W of {name}")
-    U, S, V = svd(delta)
-    check_matrix(S.square(), f"{c.path}: ΔW of {name}")
+    U, S, V = significant(*svd(delta))
+    check_matrix(S[:1].square(), f"{c.path}: ΔW of {name}")
     c.svd[name] = U, S, V
-    r = 16 if torch.is_tensor(delta) else len(S)
+    r = len(S)
+    if not is_low_rank(U, S, V):
+        r = min(r, 16)
     values = {**c.identity, "name": name, "r": r, "layer": layer_of(name),
               "target": target_of(name)}
     if W is not None:
         values["W"] = W.norm().item()
         values["top_W"] = top_subspace_norm(W, r)
     values |= measures(W, U, S, V, r, c.scale_known)
-    null = gaussian_like(delta, f"{c.label} {name}")
+    null = gaussian_like(U, S, V, f"{c.label} {name}")
     values["null"] = measures(W, *null, r, c.scale_known)
     return values
 
 
 def check_matrix(t, what):
     """Raise ValueError for a matrix that is zero, infinite or NaN."""
-    if not t.isfinite().all():
-        raise ValueError(f"{what} is not finite")
-    if not t.any():
-        raise ValueError(f"{what} is zero")
+    if not t.any() or not t.isfinite().all():
+        problem = "is not finite" if t.any() else "is zero"
+        raise ValueError(f"{what} {problem}: leave it out by --targets or --layers")
 
 
 def map_matrices(f, pairs):
@@ -224,27 +244,40 @@ def spectrum_study(checkpoints, records, out):
         line["real"] = np.divide(r["S"], sum(r["S"]))
         line["null"] = np.divide(r["null"]["S"], sum(r["null"]["S"]))
         lines.append(line)
+    styles = report.line_styles(checkpoints)
     longest = max(map(len, pluck(lines, "x")))
-    report.figure(out / "spectrum.png", "Singular values of ΔW: mean over layers and seeds, range",
-                  lines, xlabel="i", ylabel="σᵢ / Σσ", yscale="log", ylim=(2e-4, 1),
-                  xscale="log" if longest > 100 else "linear")
-    histograms = []
-    for name in dict.fromkeys(pluck(lines, "checkpoint")):          # the MultiLoRA paper's figure
-        of_name = select(lines, checkpoint=name)
-        for panel, end in (("log₁₀ σ₁ / Σσ", 1), ("log₁₀ σᵢ / Σσ of all values", None)):
+    lowest = min(map(min, pluck(lines, "real")))
+    report.figure(out / "spectrum.png", "Singular values of ΔW: mean and range over layers and "
+                  "seeds", lines, styles, xlabel="i", ylabel="σᵢ / Σσ", yscale="log",
+                  xscale="log" if longest > 100 else "linear", ylim=(max(lowest / 2, 1e-4), 1.2))
+    report.figure(out / "histogram.png", "Distribution of the singular values over all ΔW",
+                  histograms(lines), styles, size=(4, 2.8), share=False, ylabel="density",
+                  xlabel="log₁₀ σᵢ / Σσ")
+
+
+def histograms(lines):
+    """For each checkpoint, the densities of log₁₀ σᵢ / Σσ over all ΔW, as in the MultiLoRA paper:
+    of the largest and of all singular values. Those below 10⁻⁴ count as 10⁻⁴."""
+    found = []
+    for panel, end in (("largest singular value", 1), ("all singular values", None)):
+        low = min(np.min(line[side][:end]) for line in lines for side in ("real", "null"))
+        limits = max(-4, np.log10(low)), 0
+        for name in dict.fromkeys(pluck(lines, "checkpoint")):
+            of_name = select(lines, checkpoint=name)
             histogram = {**of_name[0], "panel": panel}
             for side in ("real", "null"):
-                shares = np.concatenate([line[side][:end] for line in of_name])
-                logs = np.log10(shares.clip(1e-4, 1))
-                histogram[side], edges = np.histogram(logs, 30, (-4, 0), density=True)
-                histogram["x"] = (edges[1:] + edges[:-1]) / 2
-            histograms.append(histogram)
-    report.figure(out / "histogram.png", "Over all ΔW", histograms, size=(4, 2.8),
-                  ylabel="density")
+                logs = np.log10(np.concatenate([line[side][:end] for line in of_name]))
+                histogram[side], edges = np.histogram(logs.clip(*limits), 12, limits, density=True)
+            histogram["x"] = (edges[1:] + edges[:-1]) / 2
+            found.append(histogram)
+    return found
 
 
 def amplification_study(checkpoints, records, out):
     """Draw ‖ΔW‖ / ‖UᵀWV‖ by layer, and print the norms of the LoRA paper's table 7."""
+    for r in records:
+        if "projection" in r and "delta" in r and "amplification" not in r:
+            print(f"left out  amplification of {r['name']} in {r['checkpoint']}: UᵀWV is zero")
     records = [r for r in records if "amplification" in r]
     lines = []
     for target in dict.fromkeys(pluck(records, "target")):
@@ -254,13 +287,13 @@ def amplification_study(checkpoints, records, out):
                 lines.append({**c.identity, "panel": f"ΔW of {target}", **by_layer(here)})
     layers = sorted(set(pluck(records, "layer")))
     report.figure(out / "amplification.png", "Amplification ‖ΔW‖ / ‖UᵀWV‖ in the directions of ΔW",
-                  lines, xlabel="layer", ylabel="times", yscale="log",
-                  xticks=layers[::1 + len(layers) // 8])
+                  lines, report.line_styles(checkpoints), xlabel="layer", yscale="log",
+                  ylabel="amplification", xticks=layers[::1 + len(layers) // 8])
     rows = []
     for name in dict.fromkeys(pluck(records, "checkpoint")):
         row = [name]
         for key in ("projection", "top_W", "null.projection", "delta", "W", "r"):
-            row.append(f"{np.mean(pluck(select(records, checkpoint=name), key)):.2f}")
+            row.append(f"{np.mean(pluck(select(records, checkpoint=name), key)):.3g}")
         rows.append(row)
     report.table(["‖UᵀWV‖, U and V of", "ΔW", "W", "Gaussian", "‖ΔW‖", "‖W‖", "r"], rows, 8)
 
@@ -281,7 +314,7 @@ def shared_names(a, b):
 
 def checkpoint_pairs(checkpoints):
     """{title: pairs with a matrix in common}. If some pairs of a title have different seeds, only
-    these count, because two runs with the same seed begin with related A."""
+    these count: see `same_seed`."""
     names = [c.identity["checkpoint"] for c in checkpoints]
     in_order = sorted(checkpoints, key=lambda c: names.index(c.identity["checkpoint"]))
     pairs = {}
@@ -290,9 +323,16 @@ def checkpoint_pairs(checkpoints):
             title = f"{a.identity['checkpoint']} and {b.identity['checkpoint']}"
             pairs.setdefault(title, []).append((a, b))
     for title, members in pairs.items():
-        different = [(a, b) for a, b in members if a.settings.seed != b.settings.seed]
+        different = [(a, b) for a, b in members if not same_seed(a, b)]
         pairs[title] = different or members
     return pairs
+
+
+def same_seed(a, b):
+    """Whether two adapters may begin with the same A, so that their φ cannot be compared with
+    that of random directions."""
+    adapters = "adapter" in a.saved and "adapter" in b.saved
+    return adapters and a.settings.seed is not None and a.settings.seed == b.settings.seed
 
 
 def similarities(a, b, name):
@@ -313,13 +353,15 @@ def subspace_study(checkpoints, records, out):
     found = []
     rows = []
     for title, members in checkpoint_pairs(checkpoints).items():
+        related = same_seed(*members[0])
         for a, b in members:
             for name in shared_names(a, b):
-                ends = {"pair": title, "a": a.label, "b": b.label, "name": name}
+                ends = {"pair": title, "a": a.label, "b": b.label, "name": name,
+                        "same_seed": related}
                 for side, phi in similarities(a, b, name).items():
                     ends[side] = [phi[0, 0].item(), phi[-1, -1].item()]
                 found.append(ends)
-        row = [title]
+        row = [f"{title} *" if related else title]
         for side in ("input", "random", "output", "random output"):
             first, last = np.mean(pluck(select(found, pair=title), side), 0)
             row += [f"{first:.2f}", f"{last:.2f}"]
@@ -327,6 +369,9 @@ def subspace_study(checkpoints, records, out):
         draw_pair(*members[0], out)
     heads = "input all random all output all random all".split()
     report.table(["φ, mean over matrices", *heads], rows, 6)
+    if any(entry["same_seed"] for entry in found):
+        print("* Runs of the same seed. Their A may have had the same initial values, which makes\n"
+              "  φ larger than that of random directions: train one with another --seed.\n")
     return found
 
 
@@ -336,7 +381,7 @@ def draw_pair(a, b, out):
     names = shared_names(a, b)
     layer = layer_of(names[len(names) // 2])
     in_layer = [name for name in names if layer_of(name) == layer]
-    shown = query_and_value(in_layer) or in_layer[:2]
+    shown = (query_and_value(in_layer) or in_layer)[:2]
     widest = max(len(c.svd[shown[0]][1]) for c in (a, b))
     sizes = [(8, "")] if widest <= 8 else [(64, ""), (8, ", first 8")]
     panels = []
@@ -345,8 +390,10 @@ def draw_pair(a, b, out):
             phi = similarities(a, b, name)[side]
             panels.append((f"{target_of(name)}, {side}{suffix}", phi[:size, :size]))
     title = f"φ(i, j) of ΔW: {a.label} (i) and {b.label} (j), layer {layer}"
-    report.maps(out / f"subspace-{a.label}-{b.label}.png", title, panels,
-                columns=len(sizes) * len(shown))
+    path = out / f"subspace-{a.label}-{b.label}.png"
+    while path in report.FIGURES:               # that of "a" and "b-c", if these are "a-b" and "c"
+        path = path.with_name(f"{path.stem}-2.png")
+    report.maps(path, title, panels, columns=len(sizes) * len(shown))
 
 
 def query_and_value(names):
@@ -373,7 +420,7 @@ def compare_with_W(measure, x, checkpoints):
 
     def line(c, name):
         W = c.W[name]
-        null = gaussian_like(c.delta[name], f"{c.label} {name}")
+        null = gaussian_like(*c.svd[name], f"{c.label} {name}")
         return {**c.identity, "panel": panel, "name": name, "x": x,
                 "real": measure(W, svd_of_W(W), c.svd[name]),
                 "null": measure(W, svd_of_W(W), null)}
@@ -382,19 +429,24 @@ def compare_with_W(measure, x, checkpoints):
 
 
 def directions_study(checkpoints, records, out):
-    """Draw φ of ΔW's input directions (at most 64) and growing shares of W's top directions."""
+    """
+    Draw how much of ΔW's directions (at most 64) lies in growing shares of W's top directions:
+    ‖U_WᵢᵀU‖² / r, which is φ(i, r) for i ≥ r, rises from 0 to 1 and is a straight line for random
+    directions. Of U and V it takes the side on which the directions of W span the whole space.
+    """
     shares = np.arange(1, 21) / 20
 
-    def phi(W, svd_W, svd_delta):
-        V_W = svd_W[2]
-        V = svd_delta[2][:, :64]
-        counts = (shares * V_W.size(1)).round().clip(1).astype(int)
-        return subspace_similarity(V_W, V)[counts - 1, -1].tolist()
+    def contained(W, svd_W, svd_delta):
+        side = 0 if len(W) <= W.size(1) else 2                          # U or V
+        D = svd_delta[side][:, :64]
+        counts = (shares * svd_W[1].numel()).round().clip(1).astype(int)
+        total = (svd_W[side].T @ D).square().sum(1).cumsum(0) / D.size(1)
+        return total[counts - 1].tolist()
 
-    lines = compare_with_W(phi, shares.tolist(), checkpoints)
-    report.figure(out / "directions.png", "ΔW's input directions in the top ones of W", lines,
-                  size=(5, 3.4), band=False, ylabel="φ",
-                  xlabel="share of W's directions, largest first")
+    lines = compare_with_W(contained, shares.tolist(), checkpoints)
+    report.figure(out / "directions.png", "ΔW's directions within the top directions of W", lines,
+                  report.line_styles(checkpoints), size=(4.5, 3.2), band=False,
+                  ylabel="share of ΔW's directions", xlabel="share of W's directions")
     return lines
 
 
@@ -408,8 +460,8 @@ def intruders_study(checkpoints, records, out):
 
     lines = compare_with_W(counts, epsilons, [c for c in checkpoints if c.scale_known])
     report.figure(out / "intruders.png", "Singular vectors of W + ΔW that are unlike any of W's",
-                  lines, size=(5, 3.4), band=False, ylabel="of the first ten",
-                  xlabel="ε, the cosine below which a vector counts as unlike")
+                  lines, report.line_styles(checkpoints), size=(4.5, 3.2), band=False,
+                  ylabel="of the first ten", xlabel="ε, the cosine below which a vector is unlike")
     return lines
 
 
@@ -446,23 +498,40 @@ def unavailable_studies(checkpoints):
         needs |= dict.fromkeys(["amplification", "directions", "intruders"], "their W (--base)")
     if not any(c.scale_known for c in with_W or checkpoints):
         needs |= dict.fromkeys(["amplification", "intruders"], "the size of ΔW, so α (--alpha)")
+    bases = deltas.base_names(checkpoints)
+    if len(bases) > 1 and not with_W:
+        need = f"one base model, but these name {' and '.join(bases)} (--base, if it is the same)"
+        needs |= dict.fromkeys(["subspace", "amplification", "directions", "intruders"], need)
     return needs
 
 
-def print_left_out(checkpoints, needs):
+def print_left_out(checkpoints, needs, base):
     """Say which studies and matrices of other libraries' adapters are left out, and why."""
-    for flag in ("--alpha", "--base"):
-        studies = [study for study, need in needs.items() if flag in need]
-        if studies:
-            print(f"left out  {', '.join(studies)}: needs {needs[studies[0]]}")
+    for need in dict.fromkeys(needs.values()):
+        studies = [study for study in STUDIES if needs.get(study) == need]
+        if "checkpoint" not in need:            # which checkpoints there are is known to the user
+            print(f"left out  {', '.join(studies)}: needs {need}")
     without_W = {}
     for c in checkpoints:
         without_W |= dict.fromkeys(target_of(name) for name in c.delta if name not in c.W)
         ignored = c.saved.get("ignored")
+        if c.zero:
+            print(f"left out  {', '.join(c.zero)} of {c.label}: ΔW is zero, it was never trained")
         if ignored:
             print(f"left out  {len(ignored)} tensors of {c.label}, such as {ignored[0]}")
+        if base and not c.saved["base"] and c.settings.model not in (None, base):
+            print(f"note      W is that of {base}; {c.label} names the base {c.settings.model}")
     if checkpoints[0].W and without_W:
         print(f"left out  where W is needed: {' '.join(without_W)}, which the base model lacks")
+
+
+def delete_earlier_figures(out):
+    """Delete the figures that an earlier analysis in this folder lists as its own."""
+    try:
+        for name in json.loads((out / "analysis.json").read_text())["figures"]:
+            (out / Path(name).name).unlink(missing_ok=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return                                  # there was none, or one of an earlier version
 
 
 def parse(argv=None):
@@ -495,13 +564,13 @@ def main(argv=None):
         for study in args.study or []:
             if study in needs:
                 raise ValueError(f"--study {study} needs {needs[study]}")
-        print_left_out(checkpoints, {} if args.study else needs)
+        print_left_out(checkpoints, {} if args.study else needs, args.base)
         records = map_matrices(record, [(c, name) for c in checkpoints for name in c.delta])
-        out = args.out or checkpoints[0].path.parent / f"{checkpoints[0].label}-analysis"
+        first = checkpoints[0].path
+        out = args.out or first.parent / f"{deltas.label_of(first)}-analysis"
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("curves", "histogram", *STUDIES, "subspace-*", "ranks-*"):
-            for figure in out.glob(f"{name}.png"):
-                figure.unlink()                                 # of an earlier analysis
+        delete_earlier_figures(out)
+        report.FIGURES.clear()
         report.summary(checkpoints, records)
         report.curves(checkpoints, out / "curves.png")
         found = {"records": records, "checkpoints": []}
@@ -511,6 +580,7 @@ def main(argv=None):
                 "settings": vars(c.settings)})
         for study in args.study or [study for study in STUDIES if study not in needs]:
             found[study] = STUDIES[study](checkpoints, records, out)
+        found["figures"] = [path.name for path in report.FIGURES]
         (out / "analysis.json").write_text(json.dumps(found))
     print(f"figures and analysis.json are in {out}")
     return found

@@ -2,6 +2,7 @@
 What analyze.py studies: the ΔW of checkpoints and adapters, with the W that they were added to.
 """
 import itertools
+import os
 import re
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from support import checkpoint
 class Deltas:
     """The updates of one checkpoint. Other fields of its file are in `saved`."""
     path: Path
-    label: str                  # the file's name without its suffix: lora-seed0
+    label: str                  # a unique name, if possible the file's: lora-seed0
     identity: dict              # checkpoint (lora), seed ("0" or None) and method, in every record
     settings: Namespace         # of train.py
     saved: dict                 # what the checkpoint's file contains
@@ -24,40 +25,54 @@ class Deltas:
     W: dict = field(default_factory=dict)       # {module name: W}; some may be missing
     scale_known: bool = True    # whether α, and so the size of ΔW, is known
     selected: bool = False      # whether the user selected matrices by --targets or --layers
+    zero: list = field(default_factory=list)    # names of matrices whose ΔW is zero, left out
     svd: dict = field(default_factory=dict)     # {module name: (U, S, V)}, filled by analyze.py
 
 
 def load(paths, device="cpu", base=None, alpha=None):
-    """A Deltas for each checkpoint or adapter of one base model. Raises OSError or ValueError."""
+    """
+    A Deltas for each checkpoint or adapter. Those of train.py must belong to one base model, and if
+    adapters of peft name other base models, no W is returned. Raises OSError or ValueError.
+    """
     loaded = []
     W = {}
     bases = {}                                  # {fingerprint: the file that has it}
-    for path in map(Path, paths):
+    paths = list(map(Path, paths))
+    for path, label in zip(paths, unique_labels(paths)):
         saved, settings = checkpoint.open_run(path, alpha=alpha)
         if settings.scratch:
             raise ValueError(f"{path} was trained from random weights: it has no base model")
         if not W and (base or settings.model and saved["base"]):
-            W, fingerprint = checkpoint.base_matrices(base or settings.model, device)
+            model = base or settings.model
+            try:
+                W, fingerprint = checkpoint.base_matrices(model, device)
+            except (OSError, ValueError) as e:
+                raise ValueError(f"{path}: its base model cannot be read ({e}): pass the right one "
+                                 "by --base") from None
             if fingerprint:
-                bases[fingerprint] = f"the base model {base or settings.model}"
+                bases[fingerprint] = f"the base model {model}"
         if saved["base"]:
             bases[saved["base"]] = bases.get(saved["base"], path)
         if len(bases) > 1:
             raise ValueError(f"{' and '.join(map(str, bases.values()))} do not belong to the same "
                              "base model: pass the right one by --base, or analyse them separately")
-        label = label_of(path)
         name, seed = re.fullmatch(r"(.+?)(?:-seed(\d+))?", label).groups()
         settings.seed = seed if settings.seed is None else settings.seed
         identity = {"checkpoint": name, "seed": seed, "method": settings.method}
         c = Deltas(path, label, identity, settings, saved)
         if settings.method == "full":
-            for name in W:
-                c.delta[name] = saved["model"][f"{name}.weight"].to(device) - W[name]
+            for name, w in W.items():
+                trained = saved["model"].get(f"{name}.weight")
+                if trained is None or trained.shape != w.shape:
+                    raise ValueError(f"{path} has no {name} of shape {tuple(w.shape)}")
+                c.delta[name] = trained.to(device) - w
         else:
             add_factors(c, saved["adapter"], device)
+        leave_out_zeros(c)
         loaded.append(c)
-    for c in loaded:
-        c.W = W
+    if base or len(base_names(loaded)) < 2:
+        for c in loaded:
+            c.W = W
     check_compatible(loaded)
     return loaded
 
@@ -73,11 +88,47 @@ def add_factors(c, adapter, device):
         c.delta[name] = (own["B"] * scale).to(device), own["A"].to(device)
 
 
-def label_of(path):
-    path = path.absolute()
-    if path.stem == "adapter_model":            # all files of peft have this name: use the folder's
-        path = path.parent
-    return path.name if path.is_dir() else path.stem
+def leave_out_zeros(c):
+    """Move the names of the ΔW that are zero to c.zero. Raises ValueError if all of them are."""
+    for name, delta in list(c.delta.items()):
+        factors = [delta] if torch.is_tensor(delta) else delta
+        if not all(t.any() for t in factors):
+            c.zero.append(name)
+            del c.delta[name]
+    if not c.delta:
+        raise ValueError(f"{c.path}: all {len(c.zero)} ΔW are zero, so it was never trained")
+
+
+def label_of(path, depth=0):
+    """The names of the last `depth` parent folders, and of the file without its suffix, or of the
+    folder for peft, whose files always have the same name; in printable characters."""
+    place = Path(os.path.abspath(path))
+    if place.stem == "adapter_model" and not place.is_dir():
+        place = place.parent
+    own = place.name if place.is_dir() else place.stem
+    parents = [folder.name for folder in place.parents][:depth]
+    label = "-".join([*reversed(parents), own])
+    return "".join(c if c.isprintable() else "_" for c in label)
+
+
+def unique_labels(paths):
+    """A label for each file. If two names are equal, all labels begin with the names of as many
+    parent folders as make them different. Raises ValueError if that is not possible."""
+    for depth in range(20):
+        labels = [label_of(path, depth) for path in paths]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise ValueError(f"two of {', '.join(map(str, paths))} have the same name: rename one of them")
+
+
+def base_names(checkpoints):
+    """The different names of base models that the files contain. Files with a fingerprint have
+    the same base, whatever its name is."""
+    names = {}
+    for c in checkpoints:
+        if c.settings.model:
+            names.setdefault(c.saved["base"] or c.settings.model, c.settings.model)
+    return list(dict.fromkeys(names.values()))
 
 
 def target_of(name):
@@ -90,7 +141,8 @@ def layer_of(name):
 
 
 def check_compatible(checkpoints):
-    """Raise ValueError for one name with different settings, and for different shapes."""
+    """Raise ValueError for one name with different settings, and for different shapes, unless the
+    files name different base models."""
     free = dict.fromkeys(["out", "resume", "ranks_from", "device", "seed"])
     for a, b in itertools.combinations(checkpoints, 2):
         same = vars(a.settings) | free == vars(b.settings) | free
@@ -100,6 +152,8 @@ def check_compatible(checkpoints):
             raise ValueError(f"{a.path} and {b.path} have the same name, but are not two seeds of "
                              "the same settings: rename one of them")
     shapes = {name: tuple(w.shape) for name, w in checkpoints[0].W.items()}
+    if not shapes and len(base_names(checkpoints)) > 1:
+        return
     for c in checkpoints:
         for name, delta in c.delta.items():
             shape = delta.shape if torch.is_tensor(delta) else (len(delta[0]), delta[1].size(1))

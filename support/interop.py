@@ -1,5 +1,5 @@
 """
-Reads the adapters of other libraries, peft and loralib, as if they were runs of train.py.
+Reads the adapters of peft and loralib as if they were runs of train.py, and writes peft's.
 
 Both store A (r, d_in) and B (d_out, r) under the layer's name. peft has α in adapter_config.json in
 the same folder; loralib does not store it. GPT-2's fused c_attn becomes q, k and v: B is cut into
@@ -15,7 +15,9 @@ import torch
 import model
 from support import adapter_state
 
-KEY = re.compile(r"(?:base_model\.model\.|module\.)?(.+)\.lora_([AB])(\.weight)?")
+WRAPPERS = r"(?:(?:base_model\.model|module)\.)*"              # of peft and of DataParallel
+KEY = re.compile(WRAPPERS + r"(.+)\.lora_([AB])(?:\.default)?(\.weight)?")
+OTHER_METHOD = re.compile(r".+\.lora_(?:magnitude_vector|E)\b.*")      # DoRA, AdaLoRA
 IN_GPT2 = re.compile(rf"(?:transformer\.)?(h\.\d+)\.({'|'.join(model.HF_NAMES)})")
 UNSUPPORTED = ("use_dora use_qalora use_bdlora kasa_config lora_bias layer_replication "
                "target_parameters alora_invocation_tokens arrow_config").split()
@@ -34,6 +36,9 @@ def read(path):
             raise ValueError(f"{path}: the folder has no adapter_model.safetensors or "
                              "adapter_model.bin")
         path = files[-1]
+    with open(path, "rb") as f:
+        if f.read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a Git LFS pointer: git lfs pull downloads the real file")
     if path.suffix != ".safetensors":
         return model.read(path)
     data = path.read_bytes()
@@ -53,22 +58,30 @@ def to_run(saved, path, alpha=None):
     """
     if {"layer", "tensors", "scale", "base"} <= saved.keys():
         return state_to_run(saved)
+    file = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    config = {"lora_alpha": alpha}
+    if path.is_dir() or path.stem == "adapter_model":
+        config = read_peft_config(file)
     saved = saved.get("model_state_dict", saved)                # the LoRA paper's script saves this
     pairs = {}
     ignored = []
     for key, t in saved.items():
-        match = KEY.fullmatch(str(key))
+        key = str(key).replace("_orig_mod.", "")                # of a compiled model
+        match = KEY.fullmatch(key)
+        if OTHER_METHOD.fullmatch(key):
+            raise ValueError(f"{path}: {key} belongs to DoRA or AdaLoRA, whose ΔW is not B A alone")
         if match and torch.is_tensor(t):
             layer, side, from_peft = match.groups()
-            pairs.setdefault(layer, {})[side] = t
+            if side in pairs.setdefault(layer, {}):
+                raise ValueError(f"{path} has two matrices {side} for {layer}")
+            pairs[layer][side] = t
         else:
-            ignored.append(str(key))
+            ignored.append(key)
     if not pairs:
         raise ValueError(f"{path} is neither a checkpoint of train.py nor an adapter of peft or "
                          "loralib")
-    config = {"lora_alpha": alpha}
-    if from_peft:
-        config = read_peft_config((path if path.is_dir() else path.parent) / "adapter_config.json")
+    if from_peft and config.get("lora_alpha") is None and file.exists():
+        config = read_peft_config(file)
     tensors = {}
     scale = {}
     for layer, pair in pairs.items():
@@ -77,7 +90,8 @@ def to_run(saved, path, alpha=None):
             scale[name] = lora_scale(layer, len(A), config)
     adapter = {"layer": "LoRALinear", "base": None, "tensors": tensors, "scale": scale}
     ranks = {name: len(own["A"]) for name, own in tensors.items()}
-    settings = {"model": config.get("base_model_name_or_path"), "rank": ranks, "scale": scale}
+    base = (config.get("base_model_name_or_path") or "").removeprefix("openai-community/")
+    settings = {"model": base or None, "rank": ranks, "scale": scale}
     size = sum(t.numel() for pair in pairs.values() for t in pair.values())
     return RUN | {"settings": SETTINGS | settings, "adapter": adapter, "base": None,
                   "ignored": ignored, "parameters": size}
@@ -103,7 +117,8 @@ def read_peft_config(path):
     except (ValueError, TypeError) as e:
         raise ValueError(f"{path} is not a configuration of peft ({e})") from None
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: the adapter is peft's {config.get('peft_type')}, not LORA")
+        raise ValueError(f"{path}: the adapter is peft's {config.get('peft_type')}, not LORA: it "
+                         "has no ΔW = B A")
     used = [flag for flag in UNSUPPORTED if config.get(flag)]
     if used:
         raise ValueError(f"{path}: the adapter is not plain LoRA, it uses {' '.join(used)}")
@@ -125,6 +140,9 @@ def split_fused(layer, pair, path):
         names = [f"{match[1]}.{name}" for name in model.HF_NAMES[match[2]]]
     A = pair["A"]
     B = pair["B"]
+    if len(A) > A.size(1) == len(B):
+        raise ValueError(f"{path}: {layer} has {shapes}, but A should be (r, d_in) and B "
+                         "(d_out, r) with r ≤ min(d_in, d_out): are they transposed?")
     groups = len(A) / B.size(1)                         # 2 or 3 in loralib's MergedLinear
     if groups == 2:
         names = names[::2]                              # q and v
@@ -159,3 +177,59 @@ def fit_to_model(saved, base):
             raise ValueError(f"the adapter belongs to another base model: this one has no {name}")
     state = adapter_state.combine([saved["adapter"]])
     return state | {"base": adapter_state.fingerprint(base)}
+
+
+def to_peft(state, base):
+    """
+    (adapter_config.json as a dict, tensors) in peft's format for a state of adapter_state and the
+    name of its base model. s is folded into B, so that peft's own scale is 1. GPT-2's q, k and v
+    become one pair for c_attn; the names of other models' layers do not change.
+    """
+    layers = {name: [name] for name in state["tensors"]}        # {peft's layer: our layers in it}
+    for name in state["tensors"]:
+        for theirs, ours in model.HF_NAMES.items():
+            match = re.fullmatch(rf"(h\.\d+)\.({'|'.join(ours)})", name)
+            if match:
+                del layers[name]
+                layers[f"transformer.{match[1]}.{theirs}"] = [f"{match[1]}.{n}" for n in ours]
+    tensors = {}
+    ranks = {}
+    for name, parts in layers.items():
+        A, B = stack([scaled_factors(state, part) for part in parts])
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B
+        ranks[name] = len(A)
+    r = max(ranks.values())
+    other = {name: rank for name, rank in ranks.items() if rank != r}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+              "r": r, "lora_alpha": r, "rank_pattern": other, "alpha_pattern": other,
+              "target_modules": list(ranks), "lora_dropout": 0.0, "bias": "none",
+              "fan_in_fan_out": any(name.startswith("transformer.h.") for name in ranks)}
+    return config, tensors
+
+
+def scaled_factors(state, name):
+    """(B diag(s), A) of a layer, or None."""
+    own = state["tensors"].get(name)
+    return own and (own["B"] * state["scale"][name], own["A"])
+
+
+def stack(factors):
+    """One pair A (Σ r, d_in) and B (Σ d_out, Σ r) for layers with the same input and d_out, whose
+    outputs are concatenated: A is stacked, and B has a block for each layer (empty for None)."""
+    d_out, d_in = next((len(f[0]), f[1].size(1)) for f in factors if f)
+    empty = torch.zeros(d_out, 0), torch.zeros(0, d_in)
+    factors = [f or empty for f in factors]
+    return torch.cat([A for _, A in factors]), torch.block_diag(*[B for B, _ in factors])
+
+
+def write_peft(state, base, folder):
+    """Write an adapter into a new folder in peft's format. Raises OSError or ValueError."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError("run pip install safetensors to write peft's format") from None
+    config, tensors = to_peft(state, base)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))

@@ -12,12 +12,16 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-plt.rcParams.update({"legend.frameon": False, "legend.fontsize": 8})
-COLORS = {"full": ["#000000", "#777777"], "lora": ["#0072b2", "#56b4e9", "#003355"],
-          "multilora": ["#d55e00", "#f0a070"], "autolora": ["#009e73", "#80d0b0"]}
-DASHES = ["-", "--", "-."]
+plt.rcParams.update({"legend.frameon": False, "legend.fontsize": 8, "lines.markersize": 4,
+                     "axes.titlesize": 9, "axes.labelsize": 9, "figure.titlesize": 10,
+                     "xtick.labelsize": 8, "ytick.labelsize": 8})
+COLORS = {"full": "#000000", "lora": "#0072b2", "multilora": "#d55e00", "autolora": "#009e73"}
+MARKERS = {"full": "s", "lora": "o", "multilora": "^", "autolora": "D"}
+DASHES = ["-", "--", "-.", (0, (6, 1, 1, 1, 1, 1))]           # dotted lines are nulls
 GREY = "#999999"
+FIGURES = []        # the paths of the figures written so far
 DIGITS = {"top1": 2, "effective_rank": 1, "stable_rank": 1, "amplification": 1}
 
 
@@ -44,19 +48,25 @@ def progress(text):
 
 
 def mean_and_std(values, digits):
-    """Mean ± standard deviation as text."""
+    """Mean ± standard deviation as text, with these digits after the point; with one significant
+    digit if they would all be 0, and with none if the mean is 100 or more."""
     if len(values) == 0:
         return "-"
-    digits = digits if np.mean(values) < 100 else 0
-    text = f"{np.mean(values):.{digits}f}"
+    mean = np.mean(values)
+    form = f".{digits}f"
+    if mean >= 100:
+        form = ".0f"
+    elif 0 < mean < 10 ** -digits / 2:
+        form = ".0e"
+    text = format(mean, form)
     if len(values) > 1:
-        text += f"±{np.std(values, ddof=1):.{digits}f}"
+        text += f"±{np.std(values, ddof=1):{form}}"
     return text
 
 
 def table(heads, rows, width=10):
     """Print rows, each a list of a name and its cells, under their heads."""
-    first = max(24, *[len(row[0]) for row in rows])
+    first = max([24, *[len(row[0]) for row in rows]])
     for name, *cells in [heads, *rows]:
         line = f"{name:{first}}"
         for text in cells:
@@ -132,27 +142,35 @@ def rank_table(ranks):
 
 # Figures
 
-def figure(path, title, lines, size=(3.2, 2.6), band=True, **options):
+def figure(path, title, lines, styles, size=(3.2, 2.6), band=True, share=True, **options):
     """
-    Draw one panel for each `panel` of the lines. In it each checkpoint has the mean of its lines,
-    their range if `band`, and, dotted, the mean of their nulls.
+    Draw one panel for each `panel` of the lines; they share their axes if `share`. In it each
+    checkpoint has the mean of its lines, as far as all of them go, their range if `band`, and,
+    dotted, the mean of their nulls. `styles` are those of `line_styles`.
     """
+    if not lines:
+        return
     panels = list(dict.fromkeys(pluck(lines, "panel")))
     width = min(3, len(panels))
     height = math.ceil(len(panels) / width)
-    fig, grid = plt.subplots(height, width, squeeze=False, sharex=True, sharey=True,
+    fig, grid = plt.subplots(height, width, squeeze=False, sharex=share, sharey=share,
                              layout="constrained")
-    fig.set_size_inches(size[0] * width, size[1] * height + 0.6)
-    fig.suptitle(title, fontsize=11)
-    for name, (color, dash) in line_styles(lines).items():
+    inches = max(4.8, size[0] * width)
+    fig.set_size_inches(inches, size[1] * height + 0.6)
+    fig.suptitle(title, wrap=True)
+    for name in dict.fromkeys(pluck(lines, "checkpoint")):
         for ax, panel in zip(grid.flat, panels):
             here = select(lines, panel=panel, checkpoint=name)
             if here:
-                draw_mean(ax, here, color, dash, band)
+                draw_mean(ax, here, styles[name], band)
             ax.set(title=panel, **options)
-            ax.label_outer()
+            if share:
+                ax.label_outer()
         label = f" {escape_dollar(name)}"           # matplotlib ignores a label that begins with _
-        grid[0, 0].plot([], [], color=color, linestyle=dash, label=label)
+        grid[0, 0].plot([], [], label=label, **styles[name])
+    for axis in (grid[0, 0].xaxis, grid[0, 0].yaxis):
+        if axis.get_scale() == "log":
+            plain_ticks(axis)
     if any(map(len, pluck(lines, "null"))):
         grid[0, 0].plot([], [], color=GREY, linestyle=":", label="dotted: Gaussian ΔW")
     for ax in grid.flat[len(panels):]:
@@ -160,42 +178,54 @@ def figure(path, title, lines, size=(3.2, 2.6), band=True, **options):
     for ax in grid.flat[max(0, len(panels) - width):len(panels)]:       # the last in each column
         ax.tick_params(labelbottom=True)
         ax.set_xlabel(options.get("xlabel", ""))
-    fig.legend(loc="outside lower center", ncols=width + 2)
+    longest = max(18, *map(len, pluck(lines, "checkpoint")))
+    fig.legend(loc="outside lower center", ncols=max(1, int(inches / (0.08 * longest + 0.5))))
     save(fig, path)
 
 
-def line_styles(lines):
-    """{checkpoint: (colour, dash)}: each method has its colours; after the last, another dash."""
+def line_styles(checkpoints):
+    """{checkpoint: keyword arguments of plot}, the same in all figures of an analysis. A method has
+    a colour and a marker; its checkpoints differ in lightness and dash."""
+    names = {}
+    for c in checkpoints:
+        same_method = names.setdefault(c.identity["method"], [])
+        if c.identity["checkpoint"] not in same_method:
+            same_method.append(c.identity["checkpoint"])
     styles = {}
-    count = dict.fromkeys(COLORS, 0)
-    for line in lines:
-        name = line["checkpoint"]
-        method = line["method"]
-        if name not in styles:
-            repeat, i = divmod(count[method], len(COLORS[method]))
-            styles[name] = COLORS[method][i], DASHES[repeat % len(DASHES)]
-            count[method] += 1
+    for method, same_method in names.items():
+        color = np.array(matplotlib.colors.to_rgb(COLORS[method]))
+        for i, name in enumerate(same_method):
+            lightness = 0.65 * i / len(same_method)
+            styles[name] = {"color": tuple(color + (1 - color) * lightness),
+                            "marker": MARKERS[method], "linestyle": DASHES[i % len(DASHES)]}
     return styles
 
 
-def draw_mean(ax, lines, color, dash, band):
-    """Draw the mean of lines, which may differ in length, their range, and their nulls' mean."""
-    x = max(pluck(lines, "x"), key=len)
-    real = pad_with_nan(pluck(lines, "real"), len(x))
-    ax.plot(x, np.nanmean(real, 0), color=color, linestyle=dash)
+def plain_ticks(axis):
+    """Numbers such as 6 and 0.05 on a logarithmic axis instead of powers of ten."""
+    low, high = axis.get_view_interval()
+    digits = [1]
+    if high < 8 * low:
+        digits = range(1, 10)
+    elif high < 1000 * low:
+        digits = [1, 2, 5]
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def draw_mean(ax, lines, style, band):
+    """Draw the mean of lines, as far as all of them go, their range, and their nulls' mean."""
+    n = min(map(len, pluck(lines, "x")))
+    x = lines[0]["x"][:n]
+    real = np.array([line["real"][:n] for line in lines])
+    ax.plot(x, real.mean(0), markevery=max(1, n // 8), **style)
     if band:
-        ax.fill_between(x, np.nanmin(real, 0), np.nanmax(real, 0), color=color, alpha=0.12)
+        ax.fill_between(x, real.min(0), real.max(0), color=style["color"], alpha=0.12)
     if len(lines[0]["null"]):
-        null = pad_with_nan(pluck(lines, "null"), len(x))
-        ax.plot(x, np.nanmean(null, 0), color=color, linestyle=":", linewidth=1)
-
-
-def pad_with_nan(rows, width):
-    """Rows of values as one array (rows, width), with NaN after the end of the shorter ones."""
-    filled = np.full((len(rows), width), math.nan)
-    for i, row in enumerate(rows):
-        filled[i, :len(row)] = row
-    return filled
+        null = np.mean([line["null"][:n] for line in lines], 0)
+        ax.plot(x, null, markevery=max(1, n // 8), **style | {"linestyle": ":"}, linewidth=1,
+                markerfacecolor="none")
 
 
 def maps(path, title, panels, columns):
@@ -203,7 +233,7 @@ def maps(path, title, panels, columns):
     rows = len(panels) // columns
     fig, grid = plt.subplots(rows, columns, squeeze=False, layout="constrained")
     fig.set_size_inches(2.3 * columns, 2.3 * rows)
-    fig.suptitle(escape_dollar(title), fontsize=11)
+    fig.suptitle(escape_dollar(title), wrap=True)
     for ax, (text, phi) in zip(grid.flat, panels):
         n, m = phi.shape
         image = ax.imshow(phi.T.cpu().numpy(), vmin=0, vmax=1, aspect="auto", origin="lower",
@@ -236,7 +266,8 @@ def search_figure(path, title, ranks, steps, a):
     left.set_yticks(range(len(grid)), grid)
     left.set_title(escape_dollar(title))
     largest = a.amax(-1).numpy()
-    right.plot(steps, largest, color=COLORS["autolora"][0], linewidth=0.6, alpha=0.6)
+    marker = "." if len(steps) == 1 else ""
+    right.plot(steps, largest, marker, color=COLORS["autolora"], linewidth=0.6, alpha=0.6)
     right.axhline(1 / a.size(-1), color=GREY, linestyle=":")
     right.set(xlabel="search step", ylabel="largest selection variable (dotted: 1/k)",
               ylim=(0, None))
@@ -244,27 +275,45 @@ def search_figure(path, title, ranks, steps, a):
 
 
 def curves(checkpoints, path):
-    """Draw the training loss, as a running mean, and the held-out loss over the steps."""
+    """Draw the training loss, as a running mean, and the held-out loss over the steps. Between
+    AutoLoRA's search and its training, which begins again at the base model, there is a gap."""
     lines = []
     for c in checkpoints:
-        history = c.saved["history"]
-        loss = np.array(history["loss"])
-        if len(loss) == 0:
-            continue
-        width = max(1, len(loss) // 50)
-        smooth = np.convolve(loss, np.ones(width) / width, "valid")
-        lines.append({**c.identity, "panel": "training rows, running mean", "null": [],
-                      "x": np.arange(len(smooth)) + width, "real": smooth})
-        held_out = {**c.identity, "panel": "held-out rows, mean over tasks", "null": [],
-                    "x": [], "real": []}
-        for step, tasks in [(0, c.saved["before"]), *history["valid"],
-                            (len(loss), c.saved["after"])]:
-            if tasks:
-                held_out["x"].append(step)
-                held_out["real"].append(np.mean(pluck(tasks.values(), "loss")))
-        lines.append(held_out)
-    if lines:
-        figure(path, "Loss in nats per token", lines, size=(4, 3), xlabel="step", yscale="log")
+        done = len(c.saved["history"]["loss"])
+        searched = done                                 # how many of these steps are a search's
+        if done and c.saved["phase"] == "train":
+            searched -= c.saved["step"]
+        parts = [(0, searched), (searched, done)]
+        for panel, points in (("training rows, running mean", running_mean),
+                              ("held-out rows, mean over tasks", held_out_loss)):
+            line = {**c.identity, "panel": panel, "x": [], "real": [], "null": []}
+            for first, last in parts:
+                if first < last:
+                    steps, losses = points(c.saved, first, last)
+                    line["x"] += [*steps, last]
+                    line["real"] += [*losses, math.nan]
+            if done:
+                lines.append(line)
+    figure(path, "Loss (of AutoLoRA: the search, a gap, and the training that follows)", lines,
+           line_styles(checkpoints), size=(4, 3), xlabel="step", yscale="log",
+           ylabel="nats per token")
+
+
+def running_mean(saved, first, last):
+    """Steps, and the mean of the losses up to each, over a fiftieth of the run."""
+    loss = saved["history"]["loss"]
+    width = min(max(1, len(loss) // 50), last - first)
+    means = np.convolve(loss[first:last], np.ones(width) / width, "valid")
+    return range(first + width, last + 1), means
+
+
+def held_out_loss(saved, first, last):
+    """Steps, and the mean over the tasks of the held-out loss at each."""
+    results = {first: saved["before"]}
+    results |= {step: tasks for step, tasks in saved["history"]["valid"] if first < step <= last}
+    if saved["after"] and last == len(saved["history"]["loss"]):
+        results[last] = saved["after"]
+    return results, [np.mean(pluck(tasks.values(), "loss")) for tasks in results.values()]
 
 
 def escape_dollar(text):
@@ -275,3 +324,4 @@ def escape_dollar(text):
 def save(fig, path):
     fig.savefig(path, dpi=150)
     plt.close(fig)
+    FIGURES.append(path)

@@ -12,7 +12,8 @@ from multilora import MultiLoRALinear
 from support import adapter_state, checkpoint, deltas
 
 SETTINGS = dict(method="lora", model="base.pt", scratch=False, seed=0, rank=4, ranks_from=None,
-                search_split=0.7, out="out/lora.pt")
+                search_split=0.7, out="out/lora.pt", data=["rows.jsonl"], dtype="fp32",
+                block_size=64, batch_size=8, eval_rows=200)
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,7 @@ def save_run(path, adapter, step=3, **settings):
     """Write the adapter's state as a checkpoint of train.py."""
     saved = dict.fromkeys(checkpoint.PARTS)
     saved["settings"] = SETTINGS | settings
+    saved["history"] = {"loss": [], "valid": [], "beta": []}
     saved["step"] = step
     saved["base"] = adapter["base"]
     saved["adapter"] = adapter
@@ -53,6 +55,16 @@ def save_loralib(path, **shapes):
         tensors[f"{name}.lora_B"] = torch.randn(B)
     torch.save(tensors, path)
     return list(tensors.values())
+
+
+def save_peft(folder, base_name, d_in=8):
+    """Write an adapter of peft, whose config contains the name of its base model."""
+    Path(folder).mkdir()
+    config = {"peft_type": "LORA", "lora_alpha": 4, "base_model_name_or_path": base_name}
+    Path(folder, "adapter_config.json").write_text(json.dumps(config))
+    key = "base_model.model.x.lora_{}.weight"
+    tensors = {key.format("A"): torch.ones(2, d_in), key.format("B"): torch.ones(8, 2)}
+    torch.save(tensors, Path(folder, "adapter_model.bin"))
 
 
 @pytest.mark.parametrize("layer, settings", [
@@ -109,15 +121,29 @@ def test_without_alpha_the_size_of_a_delta_is_unknown():
         assert torch.equal(c.delta["x"][1], A)
 
 
-def test_the_base_that_peft_names_is_not_loaded_without_being_asked_for(tmp_path):
-    (tmp_path / "theirs").mkdir()
-    config = {"peft_type": "LORA", "lora_alpha": 4, "base_model_name_or_path": "gone"}
-    Path("theirs/adapter_config.json").write_text(json.dumps(config))
-    key = "base_model.model.x.lora_{}.weight"
-    tensors = {key.format("A"): torch.ones(2, 8), key.format("B"): torch.ones(8, 2)}
-    torch.save(tensors, "theirs/adapter_model.bin")
+def test_the_base_that_peft_names_is_not_loaded_without_being_asked_for():
+    save_peft("theirs", "gone")
     c, = deltas.load(["theirs"])
     assert (c.settings.model, c.W) == ("gone", {})
+
+
+def test_a_delta_of_zero_is_left_out():
+    model = adapted("q v")
+    untrained = lora.adapters(model)["h.1.attn.v"]
+    untrained.B.data.zero_()
+    save_by_hand("one.pt", model)
+    save_by_hand("all.pt", lora.inject(base(), "q v", 4))
+    save_run("full.pt", {"base": adapter_state.fingerprint(base())}, method="full")
+    state = base().state_dict()
+    state["h.0.mlp.up.weight"] += 1
+    torch.save(torch.load("full.pt") | {"model": state}, "full.pt")
+    c, = deltas.load(["one.pt"])
+    assert list(c.delta) == ["h.0.attn.q", "h.0.attn.v", "h.1.attn.q"]
+    assert c.zero == ["h.1.attn.v"]
+    c, = deltas.load(["full.pt"])
+    assert list(c.delta) == ["h.0.mlp.up"] and len(c.zero) == 11
+    with pytest.raises(ValueError, match="^all.pt: all 4 ΔW are zero, so it was never trained"):
+        deltas.load(["all.pt"])
 
 
 # Names
@@ -133,6 +159,38 @@ def test_labels_and_seeds_come_from_the_name_of_the_file_or_of_pefts_folder(tmp_
     assert deltas.load(["run-v1.5-seed0/adapter_model.bin"])[0].label == "run-v1.5-seed0"
     monkeypatch.chdir("run-v1.5-seed0")
     assert deltas.load(["."])[0].label == "run-v1.5-seed0"
+    save_by_hand("two\nlines-seed0.pt", adapted())
+    c, = deltas.load(["two\nlines-seed0.pt"])
+    assert (c.label, c.identity["checkpoint"], c.identity["seed"]) == ("two_lines-seed0",
+                                                                       "two_lines", "0")
+
+
+@pytest.mark.parametrize("paths, labels", [
+    ("x/lora.pt y/lora.pt", "x-lora y-lora"),
+    ("x/d/lora.pt y/d/lora.pt", "x-d-lora y-d-lora"),
+    ("x/lora.pt y/lora.pt z/other.pt", "x-lora y-lora z-other"),
+    ("x/run-seed0.pt x/run-seed1.pt y/run-seed0.pt", "x-run-seed0 x-run-seed1 y-run-seed0"),
+    ("x/theirs/adapter_model.bin y/theirs/", "x-theirs y-theirs"),
+    ("p/x/d-lora.pt y/d/lora.pt z/d/lora.pt", "p-x-d-lora y-d-lora z-d-lora"),
+])
+def test_files_of_one_name_get_the_names_of_their_folders(paths, labels):
+    for path in paths.split():
+        if path.endswith("/"):
+            path += "adapter_model.bin"
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_by_hand(path, adapted())
+    loaded = deltas.load(paths.split())
+    assert [c.label for c in loaded] == labels.split()
+    for c in loaded:
+        seed = "" if c.identity["seed"] is None else f"-seed{c.identity['seed']}"
+        assert c.label == c.identity["checkpoint"] + seed
+
+
+def test_one_file_cannot_be_given_twice():
+    save_by_hand("a.pt", adapted())
+    for again in ("a.pt", "./a.pt", str(Path("a.pt").absolute())):
+        with pytest.raises(ValueError, match="a.pt, .*a.pt have the same name: rename one"):
+            deltas.load(["a.pt", again])
 
 
 def test_two_seeds_may_come_from_an_earlier_version_and_from_this_one():
@@ -154,7 +212,7 @@ def test_files_of_one_name_must_be_seeds_of_the_same_settings(change):
     save_run("run-seed0.pt", state)
     save_run("run-seed1.pt", state, **{"seed": 1} | change)
     saved = torch.load("run-seed1.pt")
-    torch.save(saved | {"model": base().state_dict()}, "run-seed1.pt")
+    torch.save(saved | {"model": base(1).state_dict()}, "run-seed1.pt")
     message = "run-seed0.pt and run-seed1.pt have the same name, but are not two seeds"
     with pytest.raises(ValueError, match=message):
         deltas.load(["run-seed0.pt", "run-seed1.pt"])
@@ -190,12 +248,35 @@ def test_the_base_model_must_be_found_and_may_have_moved():
     save_run("moved.pt", state, model="away.pt")
     save_run("scratch.pt", state, scratch=True)
     assert deltas.load(["moved.pt"], base="base.pt")[0].W
-    with pytest.raises(OSError, match="away.pt is neither a file nor a model"):
-        deltas.load(["moved.pt"])
-    with pytest.raises(OSError, match="gone.pt is neither a file nor a model"):
+    save_by_hand("a.pt", adapted())
+    for paths in (["moved.pt"], ["a.pt", "moved.pt"], ["moved.pt", "a.pt"]):
+        with pytest.raises(ValueError, match="^moved.pt: .*away.pt is neither a file nor .*--base"):
+            deltas.load(paths)
+    with pytest.raises(ValueError, match="moved.pt: .*gone.pt is neither a file nor .*--base"):
         deltas.load(["moved.pt"], base="gone.pt")
     with pytest.raises(ValueError, match="scratch.pt was trained from random weights"):
         deltas.load(["scratch.pt"])
+
+
+def test_adapters_of_different_base_models_have_no_w_unless_it_is_given():
+    save_peft("a", "gpt2")
+    save_peft("b", "distilgpt2", d_in=9)
+    save_peft("c", "openai-community/gpt2")
+    save_run("run.pt", adapter_state.state_dict(adapted()))
+    save_run("again.pt", adapter_state.state_dict(adapted()), model="away.pt")
+    torch.save({"x.weight": torch.ones(8, 8)}, "W.pt")
+    names = {}
+    for paths in ("a b", "a c", "a run.pt", "run.pt again.pt"):
+        loaded = deltas.load(paths.split())
+        names[paths] = deltas.base_names(loaded)
+        assert all(c.delta for c in loaded)
+        assert any(c.W for c in loaded) == (paths == "run.pt again.pt")
+    assert names == {"a b": ["gpt2", "distilgpt2"], "a c": ["gpt2"],
+                     "a run.pt": ["gpt2", "base.pt"], "run.pt again.pt": ["base.pt"]}
+    for c in deltas.load(["a", "c"], base="W.pt"):
+        assert list(c.W) == ["x"]
+    with pytest.raises(ValueError, match="b: ΔW of x has shape"):
+        deltas.load(["a", "b"], base="W.pt")
 
 
 def test_shapes_must_agree_with_the_base_model_and_with_other_files():

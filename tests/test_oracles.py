@@ -10,9 +10,11 @@ import torch.nn as nn
 import analyze
 import evaluate
 import lora
+from autolora import AutoLoRALinear
 from conftest import ROOT, close, random_gpt, randomise, same, snapshot
 from model import GPT, GPTConfig, HF_NAMES
-from support import checkpoint, data, deltas
+from multilora import MultiLoRALinear
+from support import checkpoint, data, deltas, interop
 from support.adapter_state import load_state_dict, state_dict
 
 SHARED = ROOT.parent / "shared"
@@ -287,3 +289,61 @@ def test_real_rows_in_gpt2s_tokens():
     row = task.train[0]
     assert bpe.decode(row.ids[:row.prompt_len]) == f"{first['prompt']}<|endoftext|>"
     assert bpe.decode(row.ids[row.prompt_len:]) == f" {first['completion']}<|endoftext|>"
+
+
+# The export to peft's format
+
+EXPORTED = {
+    "lora q v": ("q v", 4, lora.LoRALinear, {"alpha": 6.0}),
+    "lora all": ("all", 4, lora.LoRALinear, {"alpha": 6.0}),
+    "multilora q v": ("q v", 4, MultiLoRALinear, {"n_blocks": 2}),
+    "multilora all": ("all", 4, MultiLoRALinear, {"n_blocks": 2}),
+    "autolora all": ("all", 4, AutoLoRALinear, {}),
+    "autolora's ranks": (None, {"h.0.attn.q": 2, "h.0.attn.v": 5, "h.0.mlp.up": 1,
+                                "h.1.attn.k": 3, "h.1.mlp.down": 4}, lora.LoRALinear, {}),
+}
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_peft_reads_an_exported_adapter(tmp_path, kind):
+    """With transformers' GPT-2 of the exported base, the logits are those of our model, and the
+    folder has the spectra of the adapter's state."""
+    peft = pytest.importorskip("peft")
+    targets, rank, layer, settings = EXPORTED[kind]
+    base = random_gpt(SIZES)
+    theirs = transformers_gpt2(base.hf_state_dict())
+    ours = randomise(lora.inject(base, targets, rank, layer, **settings)).eval()
+    state = state_dict(ours)
+    interop.write_peft(state, "gpt2", tmp_path / "exported")
+    torch.save(state, tmp_path / "state.pt")
+    before = theirs(input_ids=IDX).logits
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "exported").eval()
+    want = ours(IDX)[0]
+    close(theirs(input_ids=IDX).logits, want, 1e-5)                 # A and B are float32
+    assert (want - before).abs().max() > 0.01
+    exported, saved = deltas.load([tmp_path / "exported", tmp_path / "state.pt"])
+    assert exported.delta.keys() == saved.delta.keys()
+    for name in saved.delta:
+        spectra = [analyze.record(c, name)["S"] for c in (exported, saved)]
+        assert spectra[0] == pytest.approx(spectra[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("initialisation", [True, False, "gaussian", "orthogonal", "olora",
+                                            "pissa", "pissa_niter_2", "mica"])
+def test_initialisations_of_peft_that_change_w_are_refused(tmp_path, initialisation):
+    """And only these: for the others, ΔW is B A."""
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(nn.Linear(16, 12))
+    W = model[0].weight.detach().clone()
+    try:
+        config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=initialisation)
+        model = peft.get_peft_model(model, config)
+    except ValueError:
+        pytest.skip(f"this version of peft has no initialisation {initialisation}")
+    changed = not torch.equal(model.base_model.model[0].base_layer.weight, W)
+    model.save_pretrained(tmp_path)
+    if changed:
+        with pytest.raises(ValueError, match="changed the base model's weights"):
+            checkpoint.open_run(tmp_path)
+    else:
+        assert checkpoint.open_run(tmp_path)[0]["adapter"]["tensors"].keys() == {"0"}
