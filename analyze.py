@@ -544,7 +544,8 @@ def parse(argv=None):
     add("--layers", nargs="+", type=int, metavar="N", help="layers, from 0 (default: all)")
     add("--base", help="the base model, if the checkpoints do not contain its name or it has "
         "moved, or a file with some of its matrices")
-    add("--alpha", type=float, help="α of a loralib adapter, whose file does not contain it")
+    add("--alpha", type=cli.bounded(float, -math.inf), help="α of a loralib adapter, whose file "
+        "does not contain it")
     add("--out", type=Path, help="folder for figures and numbers (default: CKPT-analysis)")
     add("--device", help="cuda, mps or cpu (default: the first available one)")
     return p.parse_args(argv)

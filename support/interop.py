@@ -9,6 +9,7 @@ two, they are q and v, as in the LoRA paper's script for GPT-2.
 import json
 import math
 import re
+import shutil
 
 import torch
 
@@ -64,6 +65,7 @@ def to_run(saved, path, alpha=None):
         config = read_peft_config(file)
     saved = saved.get("model_state_dict", saved)                # the LoRA paper's script saves this
     pairs = {}
+    size = 0
     ignored = []
     for key, t in saved.items():
         key = str(key).replace("_orig_mod.", "")                # of a compiled model
@@ -75,6 +77,7 @@ def to_run(saved, path, alpha=None):
             if side in pairs.setdefault(layer, {}):
                 raise ValueError(f"{path} has two matrices {side} for {layer}")
             pairs[layer][side] = t
+            size += t.numel()
         else:
             ignored.append(key)
     if not pairs:
@@ -92,7 +95,6 @@ def to_run(saved, path, alpha=None):
     ranks = {name: len(own["A"]) for name, own in tensors.items()}
     base = (config.get("base_model_name_or_path") or "").removeprefix("openai-community/")
     settings = {"model": base or None, "rank": ranks, "scale": scale}
-    size = sum(t.numel() for pair in pairs.values() for t in pair.values())
     return RUN | {"settings": SETTINGS | settings, "adapter": adapter, "base": None,
                   "ignored": ignored, "parameters": size}
 
@@ -226,10 +228,14 @@ def stack(factors):
 def write_peft(state, base, folder):
     """Write an adapter into a new folder in peft's format. Raises OSError or ValueError."""
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError:
         raise ValueError("run pip install safetensors to write peft's format") from None
     config, tensors = to_peft(state, base)
     folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    try:
+        (folder / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    except BaseException:
+        shutil.rmtree(folder)                   # so that the command can be repeated
+        raise

@@ -811,3 +811,11 @@ def test_errors_are_one_line_before_anything_is_written(made, argv, message, cap
     err = capsys.readouterr().err
     assert re.search(message, err) and err.count("\n") == 1, err
     assert {f: f.stat().st_mtime_ns for f in made.rglob("*")} == before
+
+
+@pytest.mark.parametrize("alpha", ["nan", "inf", "-inf"])
+def test_alpha_must_be_a_finite_number(alpha, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        analyze.parse(["loralib.pt", f"--alpha={alpha}"])
+    assert re.search("--alpha: .* not a finite number", capsys.readouterr().err)
+    assert analyze.parse(["loralib.pt", "--alpha", "-2"]).alpha == -2

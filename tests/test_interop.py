@@ -3,6 +3,7 @@ that peft itself writes are in test_oracles.py."""
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -401,6 +402,21 @@ def test_an_exported_adapter_has_the_same_delta_weights(folder, targets, rank, l
         assert name.endswith(("q", "k", "v")) and not rest.any()
     with pytest.raises(OSError, match="exists"):
         interop.write_peft(state, "base.pt", folder / "a" / "exported")
+
+
+def test_a_folder_that_could_not_be_written_is_removed(folder, monkeypatch):
+    pytest.importorskip("safetensors")
+    _, state = adapted("q", 2, lora.LoRALinear)
+
+    def full_disk(*args, **options):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "write_text", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            interop.write_peft(state, "base.pt", folder / "exported")
+    interop.write_peft(state, "base.pt", folder / "exported")
+    assert delta_weights("exported")["h.1.attn.q"].any()
 
 
 def test_the_exported_config_has_the_ranks_of_the_fused_layers():
