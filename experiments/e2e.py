@@ -135,11 +135,17 @@ def write(path, content):
 
 # Scores ------------------------------------------------------------------------------------------
 
+def every_nth(items, count):
+    """`count` items at equal distances. Results files contain losses on these rows, so they stay
+    the same whatever data.load selects."""
+    return items[::max(1, len(items) // max(1, count))][:count]
+
+
 def score(args):
     references = read_references(args.data / "test.jsonl")
     prompts = sorted(references)
-    if args.prompts is not None:                    # N of them, evenly spaced
-        prompts = prompts[::max(1, len(prompts) // max(1, args.prompts))][:args.prompts]
+    if args.prompts is not None:
+        prompts = every_nth(prompts, args.prompts)
     if prompts:
         text_scores.report_missing_packages()
     changes = {"model": args.base} if args.base else {}
@@ -150,10 +156,10 @@ def score(args):
     if not args.untrained:
         checkpoint.restore(saved, model)
 
-    def loss(task, block_size):
-        loaded = data.load([str(task)], tok, block_size, 400)
-        results = evaluate(model, loaded, tok, settings, device)
-        return results[loaded[0].name]["loss"]
+    def loss(name, block_size):
+        task, = data.load([str(name)], tok, block_size, eval_rows=1_000_000)
+        task.valid = every_nth(task.valid, 400)
+        return evaluate(model, [task], tok, settings, device)[task.name]["loss"]
 
     found = {"valid_loss": loss(args.data, settings.block_size)}
     if args.text:

@@ -201,7 +201,7 @@ def run_row(file, saved, settings):
     if settings.ranks_from:
         del row["rank"]
     row |= result_columns(saved["before"], saved["after"])
-    for kind in ("test", "score", "untrained"):
+    for kind in ("test", "score", "untrained", "beam"):
         measured = file.with_name(f"{file.stem}-{kind}.json")
         if measured.exists():
             for measure, value in json.loads(measured.read_text()).items():

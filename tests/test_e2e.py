@@ -301,3 +301,11 @@ def test_side_by_side_with_an_adapter_of_loralib(tmp_path):
     assert all("amplification" in r for r in found["records"])
     compared = {(p["a"], p["b"], p["name"].split(".")[-1]) for p in found["subspace"]}
     assert compared == {("ours", "theirs", "q"), ("ours", "theirs", "v")}
+
+
+def test_the_rows_of_published_losses():
+    """400 of E2E's 4,672 held-out rows are every eleventh one, as in the results files."""
+    rows = e2e.every_nth(list(range(4672)), 400)
+    assert rows == list(range(0, 4400, 11))
+    assert e2e.every_nth([1, 2, 3], 400) == [1, 2, 3]
+    assert e2e.every_nth([1, 2, 3], 0) == []
