@@ -72,7 +72,7 @@ def get_rows(folder, source):
 def parse_rows(content, name):
     """The rows of a file with one `prompt||completion` per line."""
     rows = []
-    lines = content.decode().removesuffix("\n").split("\n")
+    lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
         prompt, separator, completion = line.partition("||")
         if not separator:
@@ -167,11 +167,16 @@ def score(args):
     if prompts:
         found["decoding"] = decoding(args)
         texts = generate(model, prompts, tok, settings, device, args)
-        wanted = [references[prompt] for prompt in prompts]
-        found |= text_scores.text_scores(prompts, texts, wanted)
         found["texts"] = dict(zip(prompts, texts))
-    write(result_path(args), (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+        write_result(args, found)                   # not lost if a scorer fails
+        wanted = [references[prompt] for prompt in prompts]
+        found = text_scores.text_scores(prompts, texts, wanted) | found
+    write_result(args, found)
     report(args, found, len(prompts))
+
+
+def write_result(args, found):
+    write(result_path(args), (json.dumps(found, indent=1) + "\n").encode())
 
 
 def read_references(path):
@@ -246,7 +251,7 @@ def parse(argv=None):
         "all); 0: the losses alone")
     add("--greedy", action="store_true", help="greedy decoding instead of beam search")
     add("--beams", type=cli.bounded(int, 1), default=10, help="beams (%(default)s)")
-    add("--length_penalty", type=float, default=0.9, help="exponent of the length (%(default)s)")
+    add("--length_penalty", type=cli.bounded(float, -10, 10), default=0.9, help="exponent of the length (%(default)s)")
     add("--batch_size", type=cli.bounded(int, 1), default=20, help="prompts at once (%(default)s)")
     add("--text", help="a .txt file: measure the loss on its held-out windows too")
     add("--base", help="the base model, if the file does not contain its name")

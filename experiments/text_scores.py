@@ -82,7 +82,7 @@ def nist(texts, references, longest=5):
         score += information / max(1, total)
     # short texts: the penalty is 1/2 if they have two thirds of the references' mean length
     length = max(1, sum(map(len, texts)))
-    shortness = math.log(min(1, length / mean_length)) / math.log(1.5)
+    shortness = math.log(min(1, length / max(1, mean_length))) / math.log(1.5)
     return score * 0.5 ** shortness ** 2
 
 
@@ -96,10 +96,10 @@ def slots_mentioned(prompts, texts):
     hits = []
     for prompt, text in zip(prompts, texts):
         for slot in prompt.split(" | "):
-            value = slot.split(" : ", 1)[1].strip().lower()
-            if value not in ("yes", "no"):
+            value = slot.partition(" : ")[2].strip().lower()
+            if value not in ("", "yes", "no"):
                 hits.append(value in text.lower())
-    return sum(hits) / len(hits)
+    return sum(hits) / max(1, len(hits))
 
 
 def coco_scores(texts, references):

@@ -309,3 +309,12 @@ def test_the_rows_of_published_losses():
     assert rows == list(range(0, 4400, 11))
     assert e2e.every_nth([1, 2, 3], 400) == [1, 2, 3]
     assert e2e.every_nth([1, 2, 3], 0) == []
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt():
+    content = "\ufeffname : Aromi || Aromi is a pub .\n".encode()
+    assert e2e.parse_rows(content, "train.txt")[0]["prompt"] == "name : Aromi"
+
+
+def test_prompts_without_slots_have_no_values_to_mention():
+    assert text_scores.slots_mentioned(["no slot", "family friendly : yes"], ["a", "b"]) == 0
