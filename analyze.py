@@ -17,6 +17,7 @@ NAME-seed0.pt, NAME-seed1.pt, ... are drawn as one series.
     subspace       directions that two ΔW share (LoRA, figures 3 and 4)
     directions     ΔW in the top directions of W (LoRA, figure 8)
     intruders      singular vectors of W + ΔW unlike any of W's (2410.21228)
+    blocks         how MultiLoRA's blocks share ΔW (MultiLoRA's claim)
     ranks          AutoLoRA's ranks, and its selection variables in the search
 
 Every study but `ranks` shows a null next to it: a Gaussian ΔW of the same rank
@@ -465,6 +466,62 @@ def intruders_study(checkpoints, records, out):
     return lines
 
 
+def n_blocks(c):
+    """MultiLoRA's n; 1 for other methods."""
+    if c.identity["method"] != "multilora":
+        return 1
+    return c.saved["adapter"]["settings"]["n_blocks"]
+
+
+def block_measures(B, A, n):
+    """
+    Of the n blocks of ΔW = Σᵢ BᵢAᵢ, B (d_out, r) and A (r, d_in): each ‖BᵢAᵢ‖ as a share of their
+    sum, in decreasing order, and φ(1, 1), φ(2, 2), ... of two blocks' directions, mean over the
+    pairs.
+    """
+    blocks = [svd(factors) for factors in zip(B.chunk(n, 1), A.chunk(n))]
+    norms = torch.stack([S.norm() for _, S, _ in blocks])
+    values = {"share": (norms / norms.sum()).sort(descending=True).values.tolist()}
+    for side, directions in (("output", 0), ("input", 2)):              # U or V
+        phi = []
+        for one, other in itertools.combinations(blocks, 2):
+            phi.append(subspace_similarity(one[directions], other[directions]).diagonal())
+        values[side] = torch.stack(phi).mean(0).tolist()                # (r / n,)
+    return values
+
+
+def blocks_study(checkpoints, records, out):
+    """Print and draw the blocks' shares of ΔW, and the directions that two of them share."""
+    found = []
+    for c in checkpoints:
+        n = n_blocks(c)
+        for name, (B, A) in c.delta.items() if n > 1 else []:
+            null = gaussian(B, f"{c.label} {name} 0"), gaussian(A, f"{c.label} {name} 1")
+            found.append({**c.identity, "name": name, "n": n, **block_measures(B, A, n),
+                          "null": block_measures(*null, n)})
+    lines = []
+    panels = {"share": "share of the i-th largest block", "input": "φ(i, i) of two blocks, input",
+              "output": "φ(i, i) of two blocks, output"}
+    for entry in found:
+        for key, panel in panels.items():
+            ticks = [str(i + 1) for i in range(len(entry[key]))]
+            lines.append({**entry, "panel": panel, "x": ticks, "real": entry[key],
+                          "null": entry["null"][key]})
+    report.figure(out / "blocks.png", "MultiLoRA's blocks: mean and range over layers and seeds",
+                  lines, report.line_styles(checkpoints), share=False, xlabel="i", ylim=(0, 1))
+    rows = []
+    for name in dict.fromkeys(pluck(found, "checkpoint")):
+        here = select(found, checkpoint=name)
+        shares = np.mean(pluck(here, "share"), 0)
+        row = [name, f"{len(shares)}", f"{shares[0]:.2f}", f"{shares[-1]:.2f}"]
+        for key in ("input", "null.input", "output", "null.output"):
+            row.append(f"{np.mean(pluck(here, key), 0)[-1]:.3f}")       # φ of all directions
+        rows.append(row)
+    report.table(["blocks, mean over matrices", "n", "largest", "smallest", "input φ", "random",
+                  "output φ", "random"], rows, 8)
+    return found
+
+
 def ranks_study(checkpoints, records, out):
     """Draw AutoLoRA's ranks, and over the search the largest selection variable of each ΔW."""
     found = []
@@ -483,7 +540,7 @@ def ranks_study(checkpoints, records, out):
 
 STUDIES = {"spectrum": spectrum_study, "amplification": amplification_study,
            "subspace": subspace_study, "directions": directions_study,
-           "intruders": intruders_study, "ranks": ranks_study}
+           "intruders": intruders_study, "blocks": blocks_study, "ranks": ranks_study}
 
 
 def unavailable_studies(checkpoints):
@@ -491,6 +548,8 @@ def unavailable_studies(checkpoints):
     needs = {}
     if not checkpoint_pairs(checkpoints):
         needs["subspace"] = "two checkpoints with a matrix in common"
+    if max(map(n_blocks, checkpoints)) == 1:
+        needs["blocks"] = "a checkpoint of --method multilora"
     if not any(c.saved["history"]["beta"] for c in checkpoints):
         needs["ranks"] = "a checkpoint of --method autolora"
     with_W = [c for c in checkpoints if c.delta.keys() & c.W.keys()]

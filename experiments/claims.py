@@ -45,6 +45,7 @@ RANK_ERROR = 0.2        # ranks of 1 to 8
 INTRUDERS = 0.2         # of ten singular vectors
 FACTOR = 1.0            # log₂ of a learning rate: a factor of 2
 AMPLIFICATION = 1.0     # ‖ΔW‖ / ‖UᵀWV‖
+BLOCK = 0.1             # n times a block's share of ‖ΔW‖, which is 1 if all blocks are equal
 
 
 @dataclass(frozen=True)
@@ -297,6 +298,22 @@ def amplification(setting, name, target):
     return Comparison(values, dict.fromkeys(values, 1.0), AMPLIFICATION, smaller=False)
 
 
+def block_overlap(setting, name, side):
+    """φ of all directions of two blocks of one ΔW, and that of Gaussian blocks."""
+    file = f"{MODEL[setting]}_methods_blocks.csv"
+    return Comparison(study(file, name, side), study(file, name, f"null.{side}"), OVERLAP,
+                      smaller=False)
+
+
+def smallest_block(setting, name):
+    """n times the smallest block's share of ‖ΔW‖, and a half."""
+    file = f"{MODEL[setting]}_methods_blocks.csv"
+    values = {}
+    for seed, share in study(file, name, "smallest").items():
+        values[seed] = share * read_csv(file)[0]["n"]
+    return Comparison(values, dict.fromkeys(values, 0.5), BLOCK, smaller=False)
+
+
 # AutoLoRA's ranks --------------------------------------------------------------------------------
 
 def agreement(setting, name):
@@ -412,7 +429,8 @@ MEASURES = {
     best_rate: "best learning rate", concentration: "σ₁ / Σσ",
     relative_concentration: "σ₁ / Σσ relative to a Gaussian's", first_shared: "φ(1, 1)",
     further_shared: "φ of all", q_and_v: "φ of all", overlap: "‖UᵀWV‖",
-    amplification: "‖ΔW‖ / ‖UᵀWV‖", agreement: "correlation of ranks",
+    amplification: "‖ΔW‖ / ‖UᵀWV‖", block_overlap: "φ of two blocks",
+    smallest_block: "n × the smallest block's share", agreement: "correlation of ranks",
     planted: "error of planted ranks", intruders: "intruders of ten",
     intruders_and_forgetting: "correlation of intruders and forgetting",
 }

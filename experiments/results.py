@@ -5,6 +5,7 @@ The files in experiments/results: how runs.py writes them, and how claims.py and
     STUDY.csv                   a row for each matrix that analyze.py studied
     STUDY_pairs.csv             φ of two runs, for each matrix
     STUDY_intruders.csv         intruder dimensions, mean over a run's matrices
+    STUDY_blocks.csv            MultiLoRA's blocks, for each matrix
 
 A run is called NAME-seedN. What is read is {seed: value}, so that groups are paired by seed. Shell
 scripts write by `results.py collect FOLDER RUNS.csv` and `results.py flatten ANALYSIS STUDY`.
@@ -224,7 +225,8 @@ def result_columns(before, after):
 
 
 def flatten(folder, prefix):
-    """Write the numbers of an analysis.json: PREFIX.csv, PREFIX_pairs.csv, PREFIX_intruders.csv"""
+    """Write the numbers of an analysis.json to PREFIX.csv, PREFIX_pairs.csv, ..._intruders.csv and
+    ..._blocks.csv."""
     found = json.loads((folder / "analysis.json").read_text())
     if "spectrum" in found or "amplification" in found:
         write_csv([flat(record) for record in found["records"]], f"{prefix}.csv")
@@ -232,6 +234,8 @@ def flatten(folder, prefix):
         write_csv(pair_rows(found["subspace"]), f"{prefix}_pairs.csv")
     if "intruders" in found:
         write_csv(intruder_rows(found["intruders"]), f"{prefix}_intruders.csv")
+    if "blocks" in found:
+        write_csv(block_rows(found["blocks"]), f"{prefix}_blocks.csv")
 
 
 def flat(record):
@@ -268,6 +272,18 @@ def intruder_rows(records):
         row = {"checkpoint": checkpoint, "seed": seed}
         for kind in ("real", "null"):
             row[kind] = mean(r[kind][r["x"].index(EPSILON)] for r in own)
+        rows.append(row)
+    return rows
+
+
+def block_rows(records):
+    """The largest and smallest share of a block, and φ of all directions of two blocks."""
+    rows = []
+    for record in records:
+        row = {key: record[key] for key in ("checkpoint", "seed", "name", "n")}
+        row |= {"largest": record["share"][0], "smallest": record["share"][-1]}
+        for side in ("input", "output"):
+            row |= {side: record[side][-1], f"null.{side}": record["null"][side][-1]}
         rows.append(row)
     return rows
 

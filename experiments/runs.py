@@ -185,8 +185,9 @@ def analyse(study, inputs, args, folder):
     program = ["experiments/smollm.py", "analyze"] if "smollm" in study["study"] else ["analyze.py"]
     flags = study["flags"].format(shared=args.shared).split()
     impossible = {"subspace"} if len(inputs) < 2 else set()
-    if not any(path.name.startswith("autolora") for path in inputs):
-        impossible.add("ranks")
+    for method, needed_by in (("multilora", "blocks"), ("autolora", "ranks")):
+        if not any(path.name.startswith(method) for path in inputs):
+            impossible.add(needed_by)
     flags = [flag for flag in flags if flag not in impossible]
     out = folder / study["study"]
     printed = run([*program, *inputs, *flags, "--out", out])

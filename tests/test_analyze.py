@@ -435,6 +435,49 @@ def test_ranks_follow_the_gate_in_finished_and_interrupted_searches(made):
     assert sorted(drawn) == sorted(dict(evaluations)) == [0, 2, 4, 6, 8]
 
 
+def test_blocks_are_compared_by_their_dense_products_and_pairwise(made, capsys):
+    found, figures = run(made, "multi.pt lora-seed0.pt --study blocks")
+    adapter = read(made / "multi.pt")["adapter"]
+    assert len(found["blocks"]) == len(adapter["tensors"]) == 12
+    for record in found["blocks"]:
+        own = adapter["tensors"][record["name"]]
+        sides = {"output": [], "input": []}
+        norms = []
+        for i in range(2):                                      # two blocks of rank 2
+            columns = slice(2 * i, 2 * i + 2)
+            delta = own["s"][i] * own["B"][:, columns].double() @ own["A"][columns].double()
+            U, S, Vh = torch.linalg.svd(delta)
+            norms.append(S.norm().item())
+            sides["output"].append(U[:, :2])
+            sides["input"].append(Vh[:2].T)
+        assert record["share"] == pytest.approx(sorted(norms, reverse=True) / np.sum(norms), 1e-4)
+        for side, (one, other) in sides.items():
+            for k in (1, 2):
+                phi = (one[:, :k].T @ other[:, :k]).square().sum().item() / k
+                assert record[side][k - 1] == pytest.approx(phi, abs=1e-4)
+            assert record[side] != record["null"][side]
+    lines = capsys.readouterr().out.splitlines()
+    cells = [line for line in lines if line.startswith("multi ")][-1].split()[1:]
+    for cell, path in zip(cells[3:], ("input", "null.input", "output", "null.output")):
+        phi = np.mean(pluck(found["blocks"], path), 0)[1]       # of both directions
+        assert cell == f"{phi:.3f}"
+    shares = np.mean(pluck(found["blocks"], "share"), 0)
+    assert cells[:3] == ["2", f"{shares[0]:.2f}", f"{shares[1]:.2f}"]
+    drawn = [axes.get_lines()[0].get_ydata() for axes in figures["blocks"].axes]
+    assert drawn[0] == pytest.approx(shares)
+    assert drawn[1] == pytest.approx(np.mean(pluck(found["blocks"], "input"), 0))
+
+
+def test_more_than_two_blocks_are_compared_pairwise():
+    """Blocks 1 and 2 share one of two input directions, and 3 shares none."""
+    A = torch.eye(8)[[0, 1, 1, 2, 3, 4]]
+    B = torch.eye(8)[:, :6] * torch.tensor([3.0, 3, 2, 2, 1, 1])
+    found = analyze.block_measures(B, A, 3)
+    assert found["share"] == pytest.approx([3 / 6, 2 / 6, 1 / 6])
+    assert found["input"][-1] == pytest.approx(0.5 / 3)
+    assert found["output"][-1] == pytest.approx(0)
+
+
 def test_the_amplification_study_prints_the_norms_of_table_7(made, capsys):
     found, _ = run(made, "lora-seed0.pt lora-seed1.pt --study amplification --layers 1")
     lines = capsys.readouterr().out.splitlines()[:-1]           # the last one contains a path
@@ -803,6 +846,7 @@ def test_a_tiny_update_is_not_printed_as_zero(tmp_path, capsys):
     ("same.pt v.pt --study subspace", "--study subspace needs two .* in common"),
     ("by_hand.pt --study directions", "--study directions needs their W .*--base"),
     ("loralib.pt --study intruders --base base.pt", "--study intruders needs .*--alpha"),
+    ("v.pt --study blocks", "--study blocks needs a checkpoint of --method multilora"),
 ])
 def test_errors_are_one_line_before_anything_is_written(made, argv, message, capsys):
     before = {f: f.stat().st_mtime_ns for f in made.rglob("*")}

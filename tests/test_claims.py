@@ -177,6 +177,17 @@ def test_one_shared_direction_is_no_sign_of_others(made_up):
     assert claims.q_and_v("nano", "a-r8", "q", "v").effects() == pytest.approx([0.02] * 2)
 
 
+def test_blocks_are_compared_with_gaussians_and_with_equal_shares(made_up):
+    rows = []
+    for seed, smallest in ((0, 0.1), (0, 0.2), (1, 0.25)):
+        rows.append({"checkpoint": "a", "seed": seed, "n": 4, "smallest": smallest, "input": 0.3,
+                     "null.input": 0.1, "output": 0.2, "null.output": 0.1})
+    made_up("nano_methods_blocks.csv", rows)
+    assert claims.block_overlap("nano", "a", "input").effects() == pytest.approx([0.2] * 2)
+    assert claims.block_overlap("nano", "a", "output").effects() == pytest.approx([0.1] * 2)
+    assert claims.smallest_block("nano", "a").effects() == pytest.approx([0.1, 0.5])
+
+
 def test_overlap_is_compared_with_half_of_the_top(made_up):
     rows = [{"checkpoint": "a", "seed": 0, "target": "q", "projection": 2.0, "null.projection": 0.5,
              "top_W": 6.0, "amplification": 3.0}]

@@ -170,6 +170,16 @@ def test_runs_and_analyses_become_the_published_tables(folder, tmp_path, monkeyp
         assert published[0].keys() <= columns, own
 
 
+def test_blocks_have_a_row_for_each_matrix():
+    share = [0.5, 0.3, 0.2]
+    record = {"checkpoint": "a", "seed": "0", "method": "multilora", "name": "h.0.q", "n": 3,
+              "share": share, "input": [0.1, 0.2], "output": [0.3, 0.4],
+              "null": {"share": share, "input": [0.5, 0.6], "output": [0.7, 0.8]}}
+    assert results.block_rows([record]) == [{
+        "checkpoint": "a", "seed": "0", "name": "h.0.q", "n": 3, "largest": 0.5, "smallest": 0.2,
+        "input": 0.2, "output": 0.4, "null.input": 0.6, "null.output": 0.8}]
+
+
 def test_no_run_counts_twice_in_phi(tmp_path, monkeypatch):
     records = []
     for a, b, phi in ((0, 1, 0.2), (1, 0, 0.4), (0, 2, 0.9), (1, 2, 0.9), (2, 3, 0.6), (3, 5, 0.9)):
