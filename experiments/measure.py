@@ -79,7 +79,7 @@ def measure(path, skills=False, text=None):
     checkpoint.restore(run.saved, run.model)
     row = run.test(MIXTURE if run.settings.data == ["mixture"] else run.settings.data)
     if text:
-        row["text.loss"] = run.loss([text], 200, WINDOW)
+        row["text.loss"] = run.loss([text], 50, WINDOW)
     if skills:
         row["skills.loss"] = run.loss(["skills"], 100)
     return row
