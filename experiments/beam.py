@@ -22,11 +22,21 @@ def beam_search(model, prompts, max_new_tokens, stop, n_beams=10, length_penalty
     """
     Return the best continuation of each of B prompts (lists of token ids): B lists of new ids
     without `stop`. With stop=None every continuation has `max_new_tokens` tokens. Raise ValueError
-    if the longest prompt and the new tokens exceed the model's block.
+    without a prompt or a new token, and if the longest prompt and the new tokens exceed the
+    model's block.
     """
-    B = len(prompts)
+    if not prompts or max_new_tokens < 1:
+        raise ValueError("beam_search needs at least one prompt and one new token")
     was_training = model.training
     model.eval()
+    try:
+        return search(model, prompts, max_new_tokens, stop, n_beams, length_penalty, ngram)
+    finally:
+        model.train(was_training)
+
+
+def search(model, prompts, max_new_tokens, stop, n_beams, length_penalty, ngram):
+    B = len(prompts)
     reader = Reader(model, prompts, n_beams, max_new_tokens)
     finished = Finished(B, n_beams, length_penalty, reader.device)
     texts = torch.zeros(B, n_beams, 0, dtype=torch.long, device=reader.device)
@@ -52,7 +62,6 @@ def beam_search(model, prompts, max_new_tokens, stop, n_beams=10, length_penalty
             break
         texts = select(longer, kept)
         logits = reader.read_tokens(beam.gather(1, kept), token.gather(1, kept))
-    model.train(was_training)
     return [text[:-1] if text[-1] == stop else text for text in finished.best]
 
 

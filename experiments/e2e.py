@@ -16,6 +16,7 @@ out/e2e-score.json.
 import hashlib
 import http.client
 import json
+import math
 import sys
 import urllib.request
 from functools import partial
@@ -61,10 +62,9 @@ def get_rows(folder, source):
         if len(rows) != count:
             raise ValueError(f"{source}/{name} has {len(rows):,} rows, but E2E has {count:,}")
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        files[f"{split}.jsonl"] = "".join(lines).encode()
+        files[folder / f"{split}.jsonl"] = "".join(lines).encode()
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():             # only after all three files are complete
-        write(folder / name, content)
+    write(files)                                    # only after all three are complete
     counts = ", ".join(f"{split} {count:,}" for split, count in ROWS.items())
     print(f"{folder}: {counts} rows from {source} ({LICENCE})")
 
@@ -77,6 +77,8 @@ def parse_rows(content, name):
         prompt, separator, completion = line.partition("||")
         if not separator:
             raise ValueError(f"{name}, line {number}: there is no || between prompt and completion")
+        if not prompt.strip() or not completion.strip():
+            raise ValueError(f"{name}, line {number}: the prompt or the completion is empty")
         rows.append({"prompt": prompt.strip(), "completion": completion.strip()})
     return rows
 
@@ -87,7 +89,7 @@ def get_adapter(path, source):
         raise ValueError(f"{source}/gpt2_md_lora_e2e.pt is not the released file: its sha256 "
                          f"is not {ADAPTER_SHA256}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, content)
+    write({path: content})
     print(f"{path}: the LoRA authors' adapter (MIT licence), r = 4 on q and v; pass --alpha 32")
 
 
@@ -123,14 +125,17 @@ def show_progress(name, done, size):
         print(text, flush=True)
 
 
-def write(path, content):
-    """Leave either the old file or the complete new one."""
-    part = path.with_name(f"{path.name}.part")
+def write(files):
+    """Write {path: content}, so that an error leaves the old files as they are."""
+    parts = {path: path.with_name(f"{path.name}.part") for path in files}
     try:
-        part.write_bytes(content)
-        part.replace(path)
+        for path, part in parts.items():
+            part.write_bytes(files[path])
+        for path, part in parts.items():
+            part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 
 # Scores ------------------------------------------------------------------------------------------
@@ -146,6 +151,7 @@ def score(args):
     prompts = sorted(references)
     if args.prompts is not None:
         prompts = every_nth(prompts, args.prompts)
+    check_arguments(args, len(prompts))
     if prompts:
         text_scores.report_missing_packages()
     changes = {"model": args.base} if args.base else {}
@@ -162,6 +168,8 @@ def score(args):
         return evaluate(model, [task], tok, settings, device)[task.name]["loss"]
 
     found = {"valid_loss": loss(args.data, settings.block_size)}
+    if not math.isfinite(found["valid_loss"]):
+        raise ValueError(f"{args.checkpoint}: the loss on {args.data} is {found['valid_loss']}")
     if args.text:
         found["text_loss"] = loss(args.text, WINDOW)
     if prompts:
@@ -175,8 +183,25 @@ def score(args):
     report(args, found, len(prompts))
 
 
+def check_arguments(args, n_prompts):
+    """Raise ValueError if --text is no text, or if a result would replace more, or other, texts."""
+    if args.text and not (data.is_text(args.text) and Path(args.text).is_file()):
+        raise ValueError(f"--text {args.text} is not a .txt or .txt.xz file")
+    path = result_path(args)
+    try:
+        earlier = json.loads(path.read_text())
+        n_earlier = len(earlier.get("texts", []))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, AttributeError) as e:
+        raise ValueError(f"{path} is not an earlier result ({e}): pass another --out") from None
+    if n_earlier > n_prompts or n_earlier and earlier["decoding"] != decoding(args):
+        raise ValueError(f"{path} already has {n_earlier} texts by {earlier['decoding']}: pass "
+                         "another --out, or move it away")
+
+
 def write_result(args, found):
-    write(result_path(args), (json.dumps(found, indent=1) + "\n").encode())
+    write({result_path(args): (json.dumps(found, indent=1) + "\n").encode()})
 
 
 def read_references(path):
@@ -211,6 +236,8 @@ def decoding(args):
 
 
 def result_path(args):
+    if args.out:
+        return args.out
     end = "score" if args.greedy else "beam"
     if args.untrained:
         end = "untrained" if args.greedy else "untrained-beam"
@@ -251,12 +278,14 @@ def parse(argv=None):
         "all); 0: the losses alone")
     add("--greedy", action="store_true", help="greedy decoding instead of beam search")
     add("--beams", type=cli.bounded(int, 1), default=10, help="beams (%(default)s)")
-    add("--length_penalty", type=cli.bounded(float, -10, 10), default=0.9, help="exponent of the length (%(default)s)")
+    add("--length_penalty", type=cli.bounded(float, -10, 10), default=0.9,
+        help="exponent of the length (%(default)s)")
     add("--batch_size", type=cli.bounded(int, 1), default=20, help="prompts at once (%(default)s)")
     add("--text", help="a .txt file: measure the loss on its held-out windows too")
     add("--base", help="the base model, if the file does not contain its name")
     add("--alpha", type=float, help="α of a loralib adapter, whose file does not contain it")
     add("--untrained", action="store_true", help="score the base model alone")
+    add("--out", type=Path, metavar="JSON", help="where to write the numbers and the texts")
     add("--device", help="cuda, mps or cpu (default: the first available one)")
     return p.parse_args(argv)
 

@@ -105,6 +105,16 @@ def test_one_beam_is_greedy_and_ten_are_better():
         assert log_p(model.eval(), prompt, text) > log_p(model, prompt, other)
     with pytest.raises(ValueError, match="exceed the block of 64"):
         beam_search(model, prompts, 63, None)
+    for no_work in (([], 5), ([[1]], 0)):
+        with pytest.raises(ValueError, match="at least one prompt and one new token"):
+            beam_search(model, *no_work, None)
+
+
+def test_a_failed_search_leaves_the_model_in_training_mode():
+    model = random_gpt().train()
+    with pytest.raises(ValueError):
+        beam_search(model, [[1]], 1000, None)
+    assert model.training
 
 
 def test_the_search_ends_when_no_running_text_can_improve():

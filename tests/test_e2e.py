@@ -90,9 +90,10 @@ def test_a_complete_download(tmp_path, capsys, few_rows):
     (FILES, "/test.txt", "ended after|IncompleteRead"),
     (FILES | {"/test.txt": TEST[TEST.index(b"\n") + 1:]}, None, "5 rows, but E2E has 6"),
     (FILES | {"/test.txt": TEST.replace(b"||", b"|")}, None, r"test\.txt, line 1: .* no \|\|"),
+    (FILES | {"/test.txt": b"a || b\nc || \n"}, None, r"test\.txt, line 2: .* is empty"),
     (FILES | {"/test.txt": b"\xff" * 9}, None, "utf-8"),
     ({}, None, "could not be downloaded .*404"),
-], ids=["interrupted", "wrong count", "other form", "no text", "missing"])
+], ids=["interrupted", "wrong count", "other form", "empty", "no text", "missing"])
 def test_a_failed_download_changes_nothing(tmp_path, capsys, few_rows, files, cut, message):
     with server(files, cut) as url:
         line = failure(["get", tmp_path / "e2e", "--from", url], capsys)
@@ -127,15 +128,17 @@ def test_files_that_exist_already(tmp_path, capsys, few_rows):
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text("old")
+    second = tmp_path / "second.jsonl"
     write_bytes = type(path).write_bytes
 
     def half(self, content):
         write_bytes(self, content[:1])
-        raise OSError("no space left on device")
+        if "second" in self.name:
+            raise OSError("no space left on device")
 
     monkeypatch.setattr(type(path), "write_bytes", half)
     with pytest.raises(OSError):
-        e2e.write(path, b"new")
+        e2e.write({path: b"new", second: b"new"})
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"] and path.read_text() == "old"
 
 
@@ -236,6 +239,50 @@ def test_a_checkpoint_is_scored(run, capsys, monkeypatch):
     assert "text_loss" in found["beam"]
     assert found["score"]["valid_loss"] == found["beam"]["valid_loss"]
     assert found["score"]["valid_loss"] < found["untrained"]["valid_loss"]
+
+
+def test_texts_are_kept_if_a_scorer_fails(run, monkeypatch):
+    pytest.importorskip("sacrebleu")
+
+    def failing_scores(prompts, texts, references):
+        raise RuntimeError("Java is too old")
+
+    monkeypatch.setattr(text_scores, "text_scores", failing_scores)
+    with pytest.raises(RuntimeError):
+        e2e.main("score out/e2e.pt --data data/e2e --device cpu --greedy --prompts 2".split())
+    found = json.loads((run / "out" / "e2e-score.json").read_text())
+    assert len(found["texts"]) == 2
+
+
+def test_a_result_with_other_texts_is_not_replaced(run, capsys):
+    pytest.importorskip("sacrebleu")
+    command = "score out/e2e.pt --data data/e2e --device cpu --beams 2".split()
+    e2e.main([*command, "--prompts", "2"])
+    file = run / "out" / "e2e-beam.json"
+    before = file.read_text()
+    for flags in ("--prompts 1", "--prompts 2 --length_penalty 1", "--prompts 0"):
+        assert "already has 2 texts by beam search, 2 beams" in failure(command + flags.split(),
+                                                                        capsys)
+    assert file.read_text() == before
+    e2e.main([*command, "--prompts", "2"])              # the same again
+    e2e.main([*command, "--prompts", "0", "--out", "out/losses.json"])
+    assert "texts" not in json.loads((run / "out" / "losses.json").read_text())
+    assert "not an earlier result" in failure([*command, "--out", "out"], capsys)
+
+
+def test_text_must_be_a_text_file(run, capsys):
+    command = "score out/e2e.pt --data data/e2e --prompts 0 --text data/e2e".split()
+    assert "--text data/e2e is not a .txt" in failure(command, capsys)
+
+
+def test_a_broken_model_is_reported_before_decoding(run, capsys):
+    pytest.importorskip("sacrebleu")
+    saved = torch.load(run / "out" / "e2e.pt")
+    for own in saved["adapter"]["tensors"].values():
+        own["B"].fill_(math.nan)
+    torch.save(saved, run / "out" / "bad.pt")
+    assert "the loss on data/e2e is nan" in failure(
+        "score out/bad.pt --data data/e2e --device cpu --beams 2".split(), capsys)
 
 
 def test_losses_alone_need_no_package(run, capsys, monkeypatch):
