@@ -1,6 +1,7 @@
 """
-What the methods cost, compared with full fine-tuning and with the LoRA layers of peft and loralib:
-a training step and a forward pass, with the same weights and batch in one process.
+What the methods cost, compared with full fine-tuning, with the LoRA layers of peft and loralib, and
+with peft on transformers' GPT-2: a training step and a forward pass, with the same weights and
+batch in one process.
 
     python experiments/bench.py                     # ten minutes on two cores
     python experiments/bench.py --n_layer 24 --n_embd 1024 --vocab_size 50257 --batch 8 512
@@ -76,10 +77,11 @@ def candidates(base, rank, batch):
     for hypergrad in ("forward", "central"):
         model = adapted(autolora.AutoLoRALinear, alpha=rank)
         found[f"AutoLoRA's search, {hypergrad}"] = Candidate(model, batch, hypergrad)
-    for name, use_layers_of in (("peft", use_peft), ("loralib", use_loralib)):
+    for name, use_library in (("peft's layers in our model", use_peft),
+                              ("loralib's layers in our model", use_loralib),
+                              ("peft on transformers' GPT-2", TransformersGPT2)):
         try:
-            model = use_layers_of(copy.deepcopy(base), rank)
-            found[f"{name}'s layers in our model"] = Candidate(model, batch)
+            found[name] = Candidate(use_library(copy.deepcopy(base), rank), batch)
         except ImportError as e:
             print(f"{name} is left out: {e}")
     return found
@@ -103,6 +105,29 @@ def use_loralib(model, rank):
             model.set_submodule(name, new)
     loralib.mark_only_lora_as_trainable(model)
     return model
+
+
+class TransformersGPT2(nn.Module):
+    """transformers' GPT-2 with our weights, adapted by peft."""
+
+    def __init__(self, gpt, rank):
+        super().__init__()
+        import peft
+        import transformers
+        c = gpt.config
+        config = transformers.GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+            n_head=c.n_head, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, use_cache=False,
+            bos_token_id=0, eos_token_id=0)
+        model = transformers.GPT2LMHeadModel(config).to(gpt.wte.weight.device)
+        model.transformer.load_state_dict(gpt.hf_state_dict())
+        lora_config = peft.LoraConfig(r=rank, lora_alpha=rank, fan_in_fan_out=True,
+                                      target_modules=["c_attn", "c_proj", "c_fc"])
+        self.model = peft.get_peft_model(model, lora_config)
+
+    def forward(self, idx, targets):
+        logits = self.model(idx).logits
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 class AdapterLayer(nn.Module):
@@ -230,7 +255,7 @@ def main(argv=None):
     batch = torch.randint(args.vocab_size, (2, B, T), device=args.device)
     found["training"] = training(base, tuple(batch), args)
     found["latency"] = latency(base, args)
-    libraries = ("torch", "peft", "loralib")
+    libraries = ("torch", "peft", "loralib", "transformers")
     found["versions"] = {name: version(name) for name in libraries if name in sys.modules}
     out = args.out or results.RESULTS / f"bench_{args.device}.json"
     out.write_text(json.dumps(found, indent=1) + "\n")
