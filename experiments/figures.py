@@ -11,15 +11,14 @@ import claims
 import results
 from results import column, read_csv, select
 
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from support.report import COLORS as METHOD_COLORS
 
 FIGURES = results.ROOT / "experiments" / "figures"
 COLORS = {"supported": "#0072b2", "negligible": "#777777", "contradicted": "#d55e00",
           "inconclusive": "#cc9900"}
 MARKERS = {"nano": "o", "e2e": "s", "mixture": "D"}
-METHOD_COLORS = {"lora": "#0072b2", "multilora": "#009e73", "autolora": "#cc79a7",
-                 "full": "#d55e00"}
 METHOD_NAMES = {"lora": "LoRA", "multilora": "MultiLoRA", "autolora": "AutoLoRA",
                 "full": "full fine-tuning"}
 SWEEPS = (          # title, file, sweep of each method, suffix of the runs that use its result
