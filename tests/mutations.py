@@ -146,6 +146,21 @@ FAULTS = [
     Fault("φ is divided by the larger of i and j", "-",
           "analyze.py", "torch.minimum(i[:, None]", "torch.maximum(i[:, None]",
           "test_analyze.py::test_subspace_similarity_is_the_formula"),
+    Fault("singular values that are rounding errors count", "-",
+          "analyze.py", "rank = int((S > tolerance).sum())", "rank = len(S)",
+          "test_analyze.py::test_equal_deltas_have_equal_records_and_nulls_however_they_are_factored"),
+    Fault("only neighbouring blocks are compared", "-",
+          "analyze.py", "itertools.combinations(blocks, 2)", "zip(blocks, blocks[1:])",
+          "test_analyze.py::test_more_than_two_blocks_are_compared_pairwise"),
+    Fault("φ(i, j) is drawn as φ(j, i)", "-",
+          "support/report.py", "phi.T.cpu()", "phi.cpu()",
+          "test_analyze.py::test_maps_have_the_directions_of_the_first_checkpoint_to_the_right"),
+    Fault("transposed factors are analysed", "-",
+          "support/interop.py", "if len(A) > A.size(1) == len(B):", "if False:",
+          "test_interop.py::test_transposed_factors_are_refused"),
+    Fault("two runs write one checkpoint", "-",
+          "support/checkpoint.py", "fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+          "test_checkpoint.py"),
 ]
 
 
