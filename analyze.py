@@ -9,7 +9,7 @@ of train.py and for adapters of peft (a file or its folder) and loralib.
     python analyze.py gpt2_md_lora_e2e.pt --alpha 32    # loralib does not store α
 
 Prints tables, and writes figures and a JSON file with every number into a
-folder next to the first checkpoint, in place of those of an earlier analysis.
+folder next to the first checkpoint, replacing those of an earlier analysis.
 NAME-seed0.pt, NAME-seed1.pt, ... are drawn as one series.
 
     spectrum       singular values of ΔW (MultiLoRA, section 3)
@@ -30,7 +30,7 @@ tables' columns are:
     st. rank       stable rank, ‖ΔW‖² / σ₁²
     amplif.        ‖ΔW‖ / ‖UᵀWV‖ in all directions of ΔW, or in the first 16 if its
                    rank is above half of the full one
-    first, all     φ of the first direction of each, and of all of them
+    input, output  φ of the first direction of each ΔW; all: φ of all directions
 """
 import itertools
 import json
@@ -163,12 +163,12 @@ def is_low_rank(U, S, V):
 
 # One record per matrix
 
-def measures(W, U, S, V, r, scale_known):
+def measures(W, U, S, V, n, scale_known):
     """The measures of one ΔW, with its size if the scale is known. If W is not None, it is
-    compared in the first r directions of ΔW; if it is zero there, the amplification is undefined
+    compared in the first n directions of ΔW; if it is zero there, the amplification is undefined
     and left out."""
-    U = U[:, :r]
-    V = V[:, :r]
+    U = U[:, :n]
+    V = V[:, :n]
     values = {"S": S.tolist(), "top1": top_share(S), "effective_rank": effective_rank(S),
               "stable_rank": stable_rank(S)}
     if scale_known:
@@ -176,7 +176,7 @@ def measures(W, U, S, V, r, scale_known):
     if W is not None:
         values["projection"] = projected_norm(W, U, V)
     if scale_known and W is not None and values["projection"] > 1e-6 * W.norm():
-        values["amplification"] = amplification(W, U, S[:r], V)
+        values["amplification"] = amplification(W, U, S[:n], V)
     return values
 
 
@@ -196,17 +196,17 @@ def record(c, name):
     U, S, V = significant(*svd(delta))
     check_matrix(S[:1].square(), f"{c.path}: ΔW of {name}")
     c.svd[name] = U, S, V
-    r = len(S)
+    n = len(S)
     if not is_low_rank(U, S, V):
-        r = min(r, 16)
-    values = {**c.identity, "name": name, "r": r, "layer": layer_of(name),
+        n = min(n, 16)
+    values = {**c.identity, "name": name, "r": n, "layer": layer_of(name),
               "target": target_of(name)}
     if W is not None:
         values["W"] = W.norm().item()
-        values["top_W"] = top_subspace_norm(W, r)
-    values |= measures(W, U, S, V, r, c.scale_known)
+        values["top_W"] = top_subspace_norm(W, n)
+    values |= measures(W, U, S, V, n, c.scale_known)
     null = gaussian_like(U, S, V, f"{c.label} {name}")
-    values["null"] = measures(W, *null, r, c.scale_known)
+    values["null"] = measures(W, *null, n, c.scale_known)
     return values
 
 
@@ -214,7 +214,7 @@ def check_matrix(t, what):
     """Raise ValueError for a matrix that is zero, infinite or NaN."""
     if not t.any() or not t.isfinite().all():
         problem = "is not finite" if t.any() else "is zero"
-        raise ValueError(f"{what} {problem}: leave it out by --targets or --layers")
+        raise ValueError(f"{what} {problem}: select other matrices by --targets or --layers")
 
 
 def map_matrices(f, pairs):
@@ -405,7 +405,7 @@ def query_and_value(names):
 def compare_with_W(measure, x, checkpoints):
     """
     Lines of `measure(W, W's SVD, ΔW's SVD)` and of its null, for studies that need the SVD of W.
-    Of a large model, unless the user selected matrices, only queries and values of the first and
+    For a large model, unless the user selected matrices, only queries and values of the first and
     last layer are measured, to save time.
     """
     matrices = []
@@ -413,7 +413,8 @@ def compare_with_W(measure, x, checkpoints):
     for c in checkpoints:
         names = [name for name in c.delta if name in c.W]
         if names and not c.selected and min(c.W[names[0]].shape) > 256:
-            ends = layer_of(names[0]), layer_of(names[-1])
+            layers = list(map(layer_of, names))
+            ends = min(layers), max(layers)
             in_ends = [name for name in query_and_value(names) if layer_of(name) in ends]
             names = in_ends or names[:4]
             panel = "mean over some matrices"
@@ -433,7 +434,7 @@ def directions_study(checkpoints, records, out):
     """
     Draw how much of ΔW's directions (at most 64) lies in growing shares of W's top directions:
     ‖U_WᵢᵀU‖² / r, which is φ(i, r) for i ≥ r, rises from 0 to 1 and is a straight line for random
-    directions. Of U and V it takes the side on which the directions of W span the whole space.
+    directions. It uses U or V, whichever side the singular vectors of W span completely.
     """
     shares = np.arange(1, 21) / 20
 
@@ -462,15 +463,13 @@ def intruders_study(checkpoints, records, out):
     lines = compare_with_W(counts, epsilons, [c for c in checkpoints if c.scale_known])
     report.figure(out / "intruders.png", "Singular vectors of W + ΔW that are unlike any of W's",
                   lines, report.line_styles(checkpoints), size=(4.5, 3.2), band=False,
-                  ylabel="of the first ten", xlabel="ε, the cosine below which a vector is unlike")
+                  ylabel="of the first ten", xlabel="ε, the largest cosine of an intruder")
     return lines
 
 
 def n_blocks(c):
     """MultiLoRA's n; 1 for other methods."""
-    if c.identity["method"] != "multilora":
-        return 1
-    return c.saved["adapter"]["settings"]["n_blocks"]
+    return c.saved.get("adapter", {}).get("settings", {}).get("n_blocks", 1)
 
 
 def block_measures(B, A, n):
@@ -554,12 +553,15 @@ def unavailable_studies(checkpoints):
         needs["ranks"] = "a checkpoint of --method autolora"
     with_W = [c for c in checkpoints if c.delta.keys() & c.W.keys()]
     if not with_W:
-        needs |= dict.fromkeys(["amplification", "directions", "intruders"], "their W (--base)")
+        needs |= dict.fromkeys(["amplification", "directions", "intruders"],
+                               "the base model's W: pass --base")
     if not any(c.scale_known for c in with_W or checkpoints):
-        needs |= dict.fromkeys(["amplification", "intruders"], "the size of ΔW, so α (--alpha)")
+        needs |= dict.fromkeys(["amplification", "intruders"],
+                               "α, which sets the size of ΔW: pass --alpha")
     bases = deltas.base_names(checkpoints)
     if len(bases) > 1 and not with_W:
-        need = f"one base model, but these name {' and '.join(bases)} (--base, if it is the same)"
+        need = (f"one base model, but the files name {' and '.join(bases)}: pass --base if they "
+                "are the same")
         needs |= dict.fromkeys(["subspace", "amplification", "directions", "intruders"], need)
     return needs
 
@@ -568,20 +570,21 @@ def print_left_out(checkpoints, needs, base):
     """Say which studies and matrices of other libraries' adapters are left out, and why."""
     for need in dict.fromkeys(needs.values()):
         studies = [study for study in STUDIES if needs.get(study) == need]
-        if "checkpoint" not in need:            # which checkpoints there are is known to the user
+        if "checkpoint" not in need:            # the user knows which checkpoints were passed
             print(f"left out  {', '.join(studies)}: needs {need}")
     without_W = {}
     for c in checkpoints:
         without_W |= dict.fromkeys(target_of(name) for name in c.delta if name not in c.W)
         ignored = c.saved.get("ignored")
         if c.zero:
-            print(f"left out  {', '.join(c.zero)} of {c.label}: ΔW is zero, it was never trained")
+            print(f"left out  {', '.join(c.zero)} of {c.label}: ΔW is zero (never trained)")
         if ignored:
             print(f"left out  {len(ignored)} tensors of {c.label}, such as {ignored[0]}")
         if base and not c.saved["base"] and c.settings.model not in (None, base):
             print(f"note      W is that of {base}; {c.label} names the base {c.settings.model}")
     if checkpoints[0].W and without_W:
-        print(f"left out  where W is needed: {' '.join(without_W)}, which the base model lacks")
+        print(f"left out  of studies that need W: {' '.join(without_W)}, which the base model "
+              "lacks")
 
 
 def delete_earlier_figures(out):

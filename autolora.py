@@ -68,12 +68,8 @@ def ranks(model):
     return found
 
 
-def one_process(tensors):
-    """The default of `sum_over_processes`: there is only one process, so nothing to add."""
-
-
 def search_gradients(train, valid, omega, beta, eta, hypergrad="forward",
-                     sum_over_processes=one_process):
+                     sum_over_processes=lambda tensors: None):
     """
     Fill the gradients of one step of the search: p.grad is ∇_ω L_tr(ω, β) for the tensors `omega`
     and dL_val/dβ for `beta`. Returns L_tr. The tensors themselves end exactly as they were.
@@ -88,12 +84,13 @@ def search_gradients(train, valid, omega, beta, eta, hypergrad="forward",
                          f"{' '.join(HYPERGRADIENTS)}")
     start = [w.data for w in omega]
     try:
-        loss, g, train_beta = gradients(train, omega, beta, sum_over_processes)
+        loss, g, g_beta = gradients(train, omega, beta, sum_over_processes)
         move(omega, start, -eta, g)                             # ω' = ω − η ∇_ω L_tr(ω, β)
         _, v, d_beta = gradients(valid, omega, beta, sum_over_processes)    # v, ∇_β L_val(ω', β)
         if hypergrad != "first-order" and eta > 0:
             restore(omega, start)
-            second = mixed_product(train, omega, beta, v, train_beta, hypergrad, sum_over_processes)
+            second = mixed_product(train, omega, start, beta, v, g_beta, hypergrad,
+                                   sum_over_processes)
             d_beta = [a - eta * b for a, b in zip(d_beta, second)]          # dL_val/dβ
     finally:
         restore(omega, start)
@@ -102,9 +99,9 @@ def search_gradients(train, valid, omega, beta, eta, hypergrad="forward",
     return loss
 
 
-def mixed_product(train, omega, beta, v, train_beta, hypergrad, sum_over_processes):
+def mixed_product(train, omega, start, beta, v, g_beta, hypergrad, sum_over_processes):
     """
-    ∇²_{βω} L_tr(ω, β) v for each tensor of `beta`. `train_beta` is ∇_β L_tr(ω, β).
+    ∇²_{βω} L_tr(ω, β) v for each tensor of `beta`, at ω = `start`. `g_beta` is ∇_β L_tr(ω, β).
 
     exact       differentiates twice, in the time of 4 to 6 passes for the whole step
     central     (∇_β L_tr(ω+εv) − ∇_β L_tr(ω−εv)) / 2ε, 4 passes, error O(ε²)
@@ -112,9 +109,8 @@ def mixed_product(train, omega, beta, v, train_beta, hypergrad, sum_over_process
     """
     if hypergrad == "exact":
         return mixed_derivative(train, omega, beta, v, sum_over_processes)
-    start = [w.data for w in omega]
     eps = 0.01 / nn.utils.get_total_norm(v).clamp(min=1e-30)    # as in DARTS (1806.09055)
-    lower = train_beta
+    lower = g_beta
     width = eps
     if hypergrad == "central":
         move(omega, start, -eps, v)
@@ -126,7 +122,7 @@ def mixed_product(train, omega, beta, v, train_beta, hypergrad, sum_over_process
 
 
 def move(omega, start, step, direction):
-    """ω ← start + step · direction"""
+    """ω ← start + step · direction, in new tensors, so that those of start do not change."""
     for w, w0, d in zip(omega, start, direction):
         w.data = w0 + step * d
 

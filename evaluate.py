@@ -60,7 +60,7 @@ def completions(model, prompts, tok, settings, device):
     """Two lines for each prompt (a list of ids): its text and its greedy completion."""
     lines = []
     for ids in prompts:
-        room = model.config.block_size + 1 - len(ids)
+        room = max(1, model.config.block_size + 1 - len(ids))
         with distributed.autocast(settings.dtype, device):
             new = model.generate([ids], min(100, room), stop=tok.eot_token)[0]
         lines.append(f"  {tok.decode(ids).removesuffix(data.EOT)}")
@@ -107,9 +107,8 @@ def export(model, settings, path):
         interop.write_peft(adapter_state.state_dict(model), settings.model, Path(path))
         print(f"{path} contains the adapter in peft's format: PeftModel.from_pretrained reads it")
         return
-    lora.merge(model)
     for name, m in lora.adapters(model).items():
-        m.base.weight.data = m.W_merged
+        m.base.weight.data = m.weight.detach()
         model.set_submodule(name, m.base)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write(model.hf_state_dict(), path)
@@ -134,7 +133,8 @@ def parse(argv=None):
     add("--eval_rows", type=cli.bounded(int, 1), help="held-out rows of each task "
         "(default: as trained)")
     add("--device", help="cuda, mps or cpu (default: the first available one)")
-    add("--dtype", choices=["fp32", "bf16"], help="of the activations (default: as trained)")
+    add("--dtype", choices=["fp32", "bf16"], help="of activations and of a frozen W "
+        "(default: as trained; --export: fp32)")
     return p.parse_args(argv)
 
 

@@ -22,8 +22,8 @@ class LoRALinear(nn.Module):
     def __init__(self, base, rank, alpha=16.0, dropout=0.0):
         super().__init__()
         if not {"weight", "bias"} <= base._parameters.keys():
-            raise ValueError("weight_norm, spectral_norm, prune or the like computes its weight or "
-                             "bias in every forward pass: remove that first")
+            raise ValueError("its weight or bias is recomputed in every forward pass, as by "
+                             "weight_norm or prune: remove that first")
         W = base.weight
         d_out, d_in = W.shape
         if rank not in range(1, min(d_out, d_in) + 1):
@@ -62,12 +62,13 @@ class LoRALinear(nn.Module):
     @property
     def weight(self):
         """W + ΔW (d_out, d_in), added in float32. Some models, such as T5, read it directly."""
-        if not self.merged:
-            W = self.base.weight
-            return (W.to(self.A.dtype) + self.delta_weight()).to(W.dtype)
-        if self.training and torch.is_grad_enabled():
-            raise RuntimeError("a merged layer does not learn: call unmerge(), or eval() to use it")
-        return self.W_merged
+        if self.merged:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError("a merged layer cannot be trained: call unmerge() to train it, "
+                                   "or eval() to use it")
+            return self.W_merged
+        W = self.base.weight
+        return (W.to(self.A.dtype) + self.delta_weight()).to(W.dtype)
 
     @property
     def merged(self):
@@ -86,9 +87,9 @@ class LoRALinear(nn.Module):
 def inject(model, targets=None, rank=8, layer=LoRALinear, **settings):
     """
     Replace nn.Linear layers by `layer(linear, rank, **settings)` and freeze all other parameters.
-    `targets` are last parts of module names, "q v" or ["q", "v"], or full names, or "all" (None).
-    `rank` is an integer, or {full module name: rank}, which then also chooses the layers. Returns
-    the model. Raises ValueError, and leaves the model as it was, if a layer cannot be adapted.
+    `targets` lists full module names or their last parts, "q v" or ["q", "v"]; None means all.
+    `rank` may also be a dict {full module name: rank}, which then selects the layers. Returns the
+    model. Raises ValueError, and leaves the model as it was, if a layer cannot be adapted.
     """
     ranks = choose_layers(model, targets, rank)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -133,7 +134,7 @@ def remove(model):
 @contextmanager
 def disabled(model):
     """`with disabled(model): ...` runs the base model alone, even if the adapters are merged. They
-    come back unless another adapter has been loaded in the block."""
+    are restored afterwards, unless others were loaded in the block."""
     layers = adapters(model)
     remove(model)
     try:
@@ -170,14 +171,14 @@ def choose_layers(model, targets, rank):
             raise ValueError(f"{name} is a transformers Conv1D, not an nn.Linear: the README shows "
                              "how to replace it")
     if unknown or not ranks:
-        raise ValueError(f"{' '.join(sorted(unknown)) or 'an empty selection'} is not an nn.Linear "
-                         f"of the model: choose from {choices}")
+        raise ValueError("the model has no nn.Linear "
+                         f"{' '.join(sorted(unknown)) or 'to adapt'}: choose from {choices}")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     uses = Counter(map(id, parameters.values()))
     for name in ranks:
         parent = model.get_submodule(name.rpartition(".")[0])
         tied = uses[id(parameters.get(f"{name}.weight"))] > 1
         if tied or isinstance(parent, nn.TransformerEncoderLayer):
-            raise ValueError(f"{name}: its weight is also used outside this layer (it is tied, or "
-                             "nn.TransformerEncoderLayer reads it), where ΔW would be missing")
+            raise ValueError(f"{name}: its weight is also used elsewhere (it is tied, or read by "
+                             "nn.TransformerEncoderLayer), without ΔW: leave this layer out")
     return ranks

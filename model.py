@@ -6,7 +6,8 @@ query, key and value in one matrix and stores every matrix transposed. Here `att
 `attn.v`, `attn.o`, `mlp.up` and `mlp.down` are six plain `nn.Linear` with weights (d_out, d_in), so
 that ΔW_q, ΔW_v, ... are separate matrices, as the papers on low-rank adaptation need.
 
-Letters in the shape comments: B rows, T tokens, C width, V vocabulary, nh heads, hs = C / nh.
+Letters in the shape comments: B rows, T tokens, C width, V vocabulary, S cached tokens, nh heads,
+hs = C / nh.
 """
 import math
 from dataclasses import asdict, dataclass
@@ -151,7 +152,8 @@ class GPT(nn.Module):
         if not prompts or not all(prompts):
             raise ValueError("every prompt must have at least one token")
         if not 1 <= max_new_tokens <= room:
-            raise ValueError(f"{max_new_tokens} new tokens after {longest}: only {room} would fit")
+            raise ValueError(f"a prompt of {longest} tokens leaves room for {room} new tokens, not "
+                             f"for {max_new_tokens}")
         # shorter prompts are padded on the left, so that all rows end at the same position
         idx = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
         pad = torch.tensor([longest - len(p) for p in prompts], device=device)
@@ -189,7 +191,8 @@ class GPT(nn.Module):
         elif name == "nano" or Path(name).is_file():
             saved = read(NANO if name == "nano" else name)
         else:
-            raise FileNotFoundError(f"{name} is neither a file nor a model such as gpt2-medium")
+            raise FileNotFoundError(f"{name} is neither a file nor one of nano, gpt2, gpt2-medium, "
+                                    "gpt2-large and gpt2-xl")
         if "adapter" in saved or "tensors" in saved:
             raise ValueError(f"{name} contains an adapter, not a model: pass its base model")
         try:
@@ -201,7 +204,8 @@ class GPT(nn.Module):
                 model = cls(config)
             model.load_state_dict({k: t.float() for k, t in state.items()}, assign=True)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-            raise ValueError(f"{name} is not a GPT-2: {type(e).__name__}, {e}") from None
+            raise ValueError(f"{name} cannot be read as a complete GPT-2 ({type(e).__name__}: {e})"
+                             ) from None
         return model
 
     @torch.no_grad()
@@ -228,7 +232,8 @@ HF_NAMES = {"attn.c_attn": ("attn.q", "attn.k", "attn.v"), "attn.c_proj": ("attn
 
 
 def from_hf_layout(saved, n_head=None):
-    """(config, state dict) of a state dict in the Hugging Face layout. KeyError, ValueError."""
+    """(config, state dict) of a state dict in the Hugging Face layout. Raises KeyError or
+    ValueError."""
     masks = (".attn.bias", ".attn.masked_bias")             # buffers that old versions stored
     state = {k.removeprefix("transformer."): v for k, v in saved.items() if not k.endswith(masks)}
     wte = state["wte.weight"]
@@ -262,7 +267,7 @@ def download(name):
 
 
 def read(path):
-    """The dict in a file that torch.save wrote. Raises OSError, or ValueError if it is none."""
+    """The dict in a file that torch.save wrote. Raises OSError, or ValueError if it is invalid."""
     with open(path, "rb") as f:
         try:
             return dict(torch.load(f, map_location="cpu", weights_only=True))

@@ -156,8 +156,8 @@ def micro_batches(batch, parts):
 
 
 def schedule(step, steps, warmup):
-    """The share of the peak learning rate: linear up over the share `warmup` of the steps, then
-    linear down to 0."""
+    """The share of the peak learning rate: it rises linearly over the first `warmup` of the steps,
+    then falls linearly to 0."""
     warm = warmup * steps
     return min((step + 1) / (warm + 1), (steps - step) / max(steps - warm, 1))
 
@@ -202,8 +202,9 @@ class Run:
 
     def restore(self, saved):
         if list(saved["checksums"].values()) != list(self.checksums.values()):
-            raise ValueError(f"{self.settings.out}: the data has changed since the run began: its "
-                             f"checksums were {saved['checksums']}, and are {self.checksums}")
+            raise ValueError(f"{self.settings.out}: the data differs from that of the run: its "
+                             f"checksums were {saved['checksums']}, and are {self.checksums}. Pass "
+                             "the run's data by --data")
         for task, name in zip(self.tasks, saved["checksums"]):
             task.name = name                    # the data may have moved, see --data
         self.checksums = saved["checksums"]
@@ -263,7 +264,7 @@ class Run:
         return results
 
     def evaluate_and_save(self):
-        """Record the held-out losses, unless an interrupted run has recorded them, and save."""
+        """Record the held-out losses and save, unless an interrupted run has done so."""
         done = len(self.history["loss"])
         if done not in dict(self.history["valid"]):
             self.history["valid"].append((done, self.evaluate_held_out()))
@@ -303,11 +304,13 @@ def resolve_defaults(settings, config):
     """Fill in the settings whose defaults depend on the model. Raises ValueError."""
     settings.block_size = settings.block_size or config.block_size
     if settings.block_size > config.block_size:
-        raise ValueError(f"--block_size {settings.block_size}: the model's block has "
+        raise ValueError(f"--block_size {settings.block_size} exceeds the model's block of "
                          f"{config.block_size} tokens")
     if settings.lr is None:
         method = METHODS[settings.method]
         settings.lr = method.lr if config.n_embd <= 256 else method.lr_wide
+    if settings.compile and settings.hypergrad == "exact":
+        raise ValueError("--hypergrad exact cannot be compiled: omit --compile")
     parts = settings.grad_accum * distributed.process_count()
     if settings.batch_size % parts:
         raise ValueError(f"--batch_size {settings.batch_size} is not divisible by {parts}, the "
@@ -360,8 +363,8 @@ def parse(argv=None):
     add("--n_blocks", default=4, type=count, help="multilora: n, which divides r (default: 4)")
     add("--scaling", default="scalar", choices=["scalar", "vector"],
         help="multilora: whether each sᵢ is a number or a vector of d_out (default: scalar)")
-    add("--gate", default="softmax", choices=autolora.GATES, help="autolora: from β to a "
-        "(default: softmax)")
+    add("--gate", default="softmax", choices=autolora.GATES, help="autolora: the function "
+        "that maps β to a (default: softmax)")
     add("--search_steps", default=200, type=count, help="autolora: steps of the search, before the "
         "--steps of training (default: 200)")
     add("--search_split", default=0.7, type=share, help="autolora: share of the training rows for "
@@ -380,7 +383,7 @@ def parse(argv=None):
     add("--eval_rows", default=200, type=count, help="held-out rows of each task (default: 200)")
     add = p.add_argument_group("optimisation").add_argument
     add("--steps", default=600, type=count, help="training steps (default: 600)")
-    add("--batch_size", default=64, type=count, help="over all processes (default: 64)")
+    add("--batch_size", default=64, type=count, help="rows per step of all processes (default: 64)")
     add("--grad_accum", default=1, type=count, help="parts of a batch, to save memory (default: 1)")
     add("--lr", type=positive, help="peak learning rate (default: depends on method and width)")
     add("--warmup", default=0.05, type=share, help="share of the steps before the peak (0.05)")
@@ -412,8 +415,6 @@ def validate_args(p, settings, explicit_flags):
     extra = explicit_flags - {"resume", "device", "compile", "model", "data"}
     if "resume" in explicit_flags and extra:
         p.error(f"--resume takes the settings from the run: omit --{' --'.join(sorted(extra))}")
-    if settings.compile and settings.hypergrad == "exact":
-        p.error("--hypergrad exact cannot be compiled: omit --compile")
     if "ranks_from" in explicit_flags and explicit_flags & {"rank", "targets"}:
         p.error("--ranks_from determines the layers and their ranks: omit --rank and --targets")
     for flag in sorted(explicit_flags):
@@ -428,12 +429,10 @@ def open_interrupted_run(flags, explicit_flags):
     saved, settings = checkpoint.open_run(flags.resume, changes)
     settings.out = flags.resume
     if saved["step"] is None:
-        raise ValueError(f"{settings.out} is an adapter without a run of train.py to resume")
+        raise ValueError(f"{settings.out} contains an adapter but no run of train.py, so it cannot "
+                         "be resumed")
     if saved["after"]:
         raise ValueError(f"{settings.out}: the run has ended; start a new one with more --steps")
-    if settings.compile and settings.hypergrad == "exact":
-        raise ValueError(f"{settings.out}: a run with --hypergrad exact cannot be compiled: "
-                         "omit --compile")
     missing = {*vars(flags), "optimizer"} - {*vars(settings), *saved}
     if missing:
         raise ValueError(f"{settings.out} is damaged or of another version: it has no "
@@ -450,7 +449,8 @@ def opened(settings, explicit_flags):
             yield Run(settings, saved)
         return
     run = Run(settings)
-    with checkpoint.reserved(settings.out, settings.method) as settings.out:
+    with checkpoint.reserved(settings.out, settings.method) as path:
+        settings.out = path
         run.save()                              # so that a run killed early can be resumed
         yield run
 

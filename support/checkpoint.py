@@ -27,7 +27,7 @@ from support import adapter_state, distributed, interop
 
 try:
     import fcntl
-except ImportError:             # on Windows, where nothing keeps two runs from one checkpoint
+except ImportError:             # on Windows, where two runs can write the same checkpoint
     fcntl = None
 
 PARTS = "phase step parameters base checksums history before after samples".split()
@@ -36,7 +36,7 @@ RENAMED = {"ranks": "ranks_from", "split": "search_split"}      # flags of earli
 
 
 def base_model(name):
-    """A pretrained model. To use another model than GPT-2, replace this function."""
+    """A pretrained model. To use a model other than GPT-2, replace this function."""
     return GPT.from_pretrained(name)
 
 
@@ -93,8 +93,9 @@ def restore(saved, model):
     elif "adapter" in saved:
         adapter_state.load_state_dict(model, saved["adapter"])
     elif saved["base"] != adapter_state.fingerprint(model):
-        raise ValueError(f"the checkpoint was trained on another base model: its fingerprint is "
-                         f"{saved['base']}, this model's is {adapter_state.fingerprint(model)}")
+        raise ValueError(f"the checkpoint was trained on another base model, with the fingerprint "
+                         f"{saved['base']}; this one's is {adapter_state.fingerprint(model)}: pass "
+                         "the right one by --base")
     else:
         model.load_state_dict(saved["model"])
 
@@ -133,7 +134,8 @@ def read_ranks(path, base):
         raise ValueError(f"--ranks_from {path}: the file contains no adapter, or one of an early "
                          "version of train.py")
     if adapter["base"] != base:
-        raise ValueError(f"--ranks_from {path}: its adapter belongs to another base than --model")
+        raise ValueError(f"--ranks_from {path}: its adapter was trained on another base model: "
+                         "pass that one by --model")
     if adapter["layer"] == "AutoLoRALinear":
         raise ValueError(f"--ranks_from {path}: the search for ranks has not ended")
     return {name: len(own["A"]) for name, own in adapter["tensors"].items()}

@@ -25,8 +25,12 @@ def bounded(kind, low, high=math.inf):
     def convert(text):
         value = kind(text)
         if not low <= value <= high or abs(value) == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number between {low} and "
-                                             f"{high}")
+            allowed = "a finite number"
+            if low > -math.inf:
+                allowed += f", at least {low}"
+            if high < math.inf:
+                allowed += f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
         return value
 
     convert.__name__ = kind.__name__            # argparse's own messages show this name

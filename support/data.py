@@ -83,7 +83,7 @@ def encode(tok, prompt, completion):
 
 
 def encode_prompt(tok, prompt, names):
-    """The tokens of a prompt for a run on these tasks. After plain text there is no <eot>."""
+    """The tokens of a prompt for a run on these tasks. After plain text, it has no <eot>."""
     ids = tok.encode_ordinary(prompt)
     return ids if all(map(is_text, names)) else ids + [tok.eot_token]
 
@@ -120,7 +120,8 @@ def hold_out(rows, name):
     """(train, valid, note): a tenth of the prompts, at most 200, is held out with all its rows."""
     prompts = list(dict.fromkeys(prompt for prompt, _ in rows))
     if len(prompts) < 2:
-        raise ValueError(f"{name} has only one prompt, so no other prompt can be held out")
+        raise ValueError(f"{name} has only one prompt: add rows, or pass a folder with train.jsonl "
+                         "and valid.jsonl")
     random.Random(0).shuffle(prompts)
     held_out = set(prompts[:min(HELD_OUT, math.ceil(len(prompts) / 10))])
     train = [row for row in rows if row[0] not in held_out]

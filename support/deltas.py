@@ -32,40 +32,41 @@ class Deltas:
 def load(paths, device="cpu", base=None, alpha=None):
     """
     A Deltas for each checkpoint or adapter. Those of train.py must belong to one base model, and if
-    adapters of peft name other base models, no W is returned. Raises OSError or ValueError.
+    adapters of peft name different base models, no W is returned. Raises OSError or ValueError.
     """
     loaded = []
     W = {}
-    bases = {}                                  # {fingerprint: the file that has it}
+    owners = {}                                 # {fingerprint: the file or model that has it}
     paths = list(map(Path, paths))
     for path, label in zip(paths, unique_labels(paths)):
         saved, settings = checkpoint.open_run(path, alpha=alpha)
         if settings.scratch:
-            raise ValueError(f"{path} was trained from random weights: it has no base model")
-        if not W and (base or settings.model and saved["base"]):
-            model = base or settings.model
+            raise ValueError(f"{path} was trained from random weights, so it has no ΔW to analyse: "
+                             "leave it out")
+        base_name = base or (settings.model if saved["base"] else None)
+        if base_name and not W:
             try:
-                W, fingerprint = checkpoint.base_matrices(model, device)
+                W, fingerprint = checkpoint.base_matrices(base_name, device)
             except (OSError, ValueError) as e:
                 raise ValueError(f"{path}: its base model cannot be read ({e}): pass the right one "
                                  "by --base") from None
             if fingerprint:
-                bases[fingerprint] = f"the base model {model}"
+                owners[fingerprint] = f"the base model {base_name}"
         if saved["base"]:
-            bases[saved["base"]] = bases.get(saved["base"], path)
-        if len(bases) > 1:
-            raise ValueError(f"{' and '.join(map(str, bases.values()))} do not belong to the same "
+            owners.setdefault(saved["base"], path)
+        if len(owners) > 1:
+            raise ValueError(f"{' and '.join(map(str, owners.values()))} do not belong to the same "
                              "base model: pass the right one by --base, or analyse them separately")
         name, seed = re.fullmatch(r"(.+?)(?:-seed(\d+))?", label).groups()
         settings.seed = seed if settings.seed is None else settings.seed
         identity = {"checkpoint": name, "seed": seed, "method": settings.method}
         c = Deltas(path, label, identity, settings, saved)
         if settings.method == "full":
-            for name, w in W.items():
-                trained = saved["model"].get(f"{name}.weight")
+            for matrix, w in W.items():
+                trained = saved["model"].get(f"{matrix}.weight")
                 if trained is None or trained.shape != w.shape:
-                    raise ValueError(f"{path} has no {name} of shape {tuple(w.shape)}")
-                c.delta[name] = trained.to(device) - w
+                    raise ValueError(f"{path} has no {matrix} of shape {tuple(w.shape)}")
+                c.delta[matrix] = trained.to(device) - w
         else:
             add_factors(c, saved["adapter"], device)
         leave_out_zeros(c)
@@ -100,8 +101,8 @@ def leave_out_zeros(c):
 
 
 def label_of(path, depth=0):
-    """The names of the last `depth` parent folders, and of the file without its suffix, or of the
-    folder for peft, whose files always have the same name; in printable characters."""
+    """The names of the last `depth` parent folders and of the file, without its suffix, joined by
+    "-". For peft, whose files always have the same name, it is the folder."""
     place = Path(os.path.abspath(path))
     if place.stem == "adapter_model" and not place.is_dir():
         place = place.parent
@@ -112,8 +113,8 @@ def label_of(path, depth=0):
 
 
 def unique_labels(paths):
-    """A label for each file. If two names are equal, all labels begin with the names of as many
-    parent folders as make them different. Raises ValueError if that is not possible."""
+    """A label for each file; if two are equal, they begin with just enough parent folders to be
+    unique. Raises ValueError if that is not possible."""
     for depth in range(20):
         labels = [label_of(path, depth) for path in paths]
         if len(set(labels)) == len(labels):

@@ -169,11 +169,13 @@ def lora_scale(layer, r, config):
 
 
 def fit_to_model(saved, base):
-    """The adapter as a state that load_state_dict accepts for this base model. ValueError."""
+    """The adapter as a state that load_state_dict accepts for this base model. Raises
+    ValueError."""
     if None in saved["adapter"]["scale"].values():
         raise ValueError("the file does not contain α: pass --alpha")
     if saved["ignored"]:
-        raise ValueError(f"the file contains more than A and B, such as {saved['ignored'][0]}")
+        raise ValueError(f"the file also contains {saved['ignored'][0]}, which is neither A nor B, "
+                         "so it can only be analysed")
     for name in saved["adapter"]["tensors"]:
         if f"{name}.weight" not in base.state_dict():
             raise ValueError(f"the adapter belongs to another base model: this one has no {name}")

@@ -145,7 +145,7 @@ def rank_table(ranks):
 def figure(path, title, lines, styles, size=(3.2, 2.6), band=True, share=True, **options):
     """
     Draw one panel for each `panel` of the lines; they share their axes if `share`. In it each
-    checkpoint has the mean of its lines, as far as all of them go, their range if `band`, and,
+    checkpoint has the mean of its lines, up to the end of the shortest, their range if `band`, and,
     dotted, the mean of their nulls. `styles` are those of `line_styles`.
     """
     if not lines:
@@ -215,7 +215,7 @@ def plain_ticks(axis):
 
 
 def draw_mean(ax, lines, style, band):
-    """Draw the mean of lines, as far as all of them go, their range, and their nulls' mean."""
+    """Draw the mean of lines, up to the end of the shortest, their range, and their nulls' mean."""
     n = min(map(len, pluck(lines, "x")))
     x = lines[0]["x"][:n]
     real = np.array([line["real"][:n] for line in lines])
@@ -282,7 +282,7 @@ def curves(checkpoints, path):
         done = len(c.saved["history"]["loss"])
         searched = done                                 # how many of these steps are a search's
         if done and c.saved["phase"] == "train":
-            searched -= c.saved["step"]
+            searched = done - c.saved["step"]
         parts = [(0, searched), (searched, done)]
         for panel, points in (("training rows, running mean", running_mean),
                               ("held-out rows, mean over tasks", held_out_loss)):
@@ -291,10 +291,10 @@ def curves(checkpoints, path):
                 if first < last:
                     steps, losses = points(c.saved, first, last)
                     line["x"] += [*steps, last]
-                    line["real"] += [*losses, math.nan]
+                    line["real"] += [*losses, math.nan]         # NaN leaves a gap
             if done:
                 lines.append(line)
-    figure(path, "Loss (of AutoLoRA: the search, a gap, and the training that follows)", lines,
+    figure(path, "Loss (for AutoLoRA: the search, a gap, and the training that follows)", lines,
            line_styles(checkpoints), size=(4, 3), xlabel="step", yscale="log",
            ylabel="nats per token")
 

@@ -114,7 +114,7 @@ FAULTS = [
           "autolora.py", "(1 - 1e-6)", "(1 - 1e-2)",
           "test_autolora.py::test_the_threshold_tolerates_only_rounding"),
     Fault("ε comes from another gradient", "-",
-          "autolora.py", "get_total_norm(v)", "get_total_norm(train_beta)",
+          "autolora.py", "get_total_norm(v)", "get_total_norm(g_beta)",
           "test_autolora.py::test_each_pass_is_at_its_own_point"),
     Fault("/ 2 * ε in place of / (2ε)", "khanrc/pt.darts #43",
           "autolora.py", ") / width", ") / 2 * eps",
@@ -148,7 +148,8 @@ FAULTS = [
           "test_analyze.py::test_subspace_similarity_is_the_formula"),
     Fault("singular values that are rounding errors count", "-",
           "analyze.py", "rank = int((S > tolerance).sum())", "rank = len(S)",
-          "test_analyze.py::test_equal_deltas_have_equal_records_and_nulls_however_they_are_factored"),
+          "test_analyze.py::"
+          "test_equal_deltas_have_equal_records_and_nulls_however_they_are_factored"),
     Fault("only neighbouring blocks are compared", "-",
           "analyze.py", "itertools.combinations(blocks, 2)", "zip(blocks, blocks[1:])",
           "test_analyze.py::test_more_than_two_blocks_are_compared_pairwise"),

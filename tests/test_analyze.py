@@ -734,7 +734,8 @@ def test_a_state_saved_by_hand_is_analysed_without_its_base(made, capsys):
     ("", [], {"spectrum"}, ["intruders: .*--alpha", "directions: .*--base"]),
     ("--base base.pt", ["q", "v"], {"spectrum", "directions"}, ["cation, intruders: .*--alpha"]),
     ("--base base.pt --alpha 12", ["q", "v"], {"spectrum", "directions", *SIZED}, []),
-    ("--base q.pt --alpha 12", ["q"], {"spectrum", "directions", *SIZED}, ["needed: v, which"]),
+    ("--base q.pt --alpha 12", ["q"], {"spectrum", "directions", *SIZED},
+     ["of studies that need W: v, which"]),
 ])
 def test_what_needs_w_or_alpha_is_left_out(made, flags, with_W, studies, messages, capsys):
     found, _ = run(made, f"loralib.pt {flags}")
@@ -790,7 +791,7 @@ def test_adapters_of_different_base_models_are_not_compared(tmp_path, capsys):
     assert found.keys() == {"records", "checkpoints", "spectrum", "figures"}
     assert set(pluck(found["records"], "checkpoint")) == {"a-gpt-lora", "b-gpt-lora"}
     assert re.search("^left out  amplification, subspace, directions, intruders: needs one base "
-                     "model, but these name gpt2 and distilgpt2 .*--base", out, re.MULTILINE)
+                     "model, but the files name gpt2 and distilgpt2: pass --base", out, re.MULTILINE)
     with pytest.raises(SystemExit, match="2"):
         analyze.main([a, b, "--study", "subspace", "--device", "cpu"])
     assert re.search("--study subspace needs one base .* gpt2 and dist", capsys.readouterr().err)
@@ -811,7 +812,7 @@ def test_untrained_matrices_are_left_out_with_a_message(tmp_path, capsys):
     peft(tmp_path, "none", none)
     found = analyze.main([str(tmp_path / "one"), "--device", "cpu"])
     out = capsys.readouterr().out
-    assert "left out  h.1.attn.o of one: ΔW is zero, it was never trained" in out
+    assert "left out  h.1.attn.o of one: ΔW is zero (never trained)" in out
     assert len(found["records"]) == 5 and "h.1.attn.o" not in pluck(found["records"], "name")
     with pytest.raises(SystemExit, match="2"):
         analyze.main([str(tmp_path / "none"), "--device", "cpu"])
@@ -837,14 +838,14 @@ def test_a_tiny_update_is_not_printed_as_zero(tmp_path, capsys):
     ("base.pt", "base.pt is neither a checkpoint of train.py nor an adapter"),
     ("by_hand.pt --base full.pt", "by_hand.pt .*(different base models|same base model)"),
     ("zero.pt", "zero.pt: all 2 ΔW are zero, so it was never trained"),
-    ("inf.pt", "inf.pt: ΔW of h.1.attn.v is not finite: leave it out by --targets or --layers"),
+    ("inf.pt", "inf.pt: ΔW of h.1.attn.v is not finite: select other matrices by"),
     ("by_hand.pt moved.pt", "/moved.pt: .*away.pt is neither a file nor .*--base"),
     ("v.pt v.pt", "v.pt, .*v.pt have the same name"),
     ("v.pt --layers 2", "--layers 2: .*v.pt has no such ΔW; choose from 0 1"),
     ("v.pt --targets q", "--targets q: .*v.pt has no such ΔW; choose from v"),
     ("v.pt --study ranks", "--study ranks needs a checkpoint of --method autolora"),
     ("same.pt v.pt --study subspace", "--study subspace needs two .* in common"),
-    ("by_hand.pt --study directions", "--study directions needs their W .*--base"),
+    ("by_hand.pt --study directions", "--study directions needs the base model's W: pass --base"),
     ("loralib.pt --study intruders --base base.pt", "--study intruders needs .*--alpha"),
     ("v.pt --study blocks", "--study blocks needs a checkpoint of --method multilora"),
 ])

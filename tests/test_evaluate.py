@@ -132,14 +132,14 @@ def test_a_model_from_scratch_is_stored_in_half_precision():
     ("base.pt", "base.pt is neither a checkpoint of train.py nor an adapter"),
     ("missing.pt", "No such file or directory: 'missing.pt'"),
     ("a.pt --base nano", "trained on another base model"),
-    ("full.pt --base other.pt", "trained on another base model: its fingerprint is"),
+    ("full.pt --base other.pt", "trained on another base model, with the fingerprint"),
     ("full.pt --base other.pt --prompt x", "trained on another base model"),
     ("full.pt --base other.pt --export x.bin", "trained on another base model"),
     ("a.pt --export base.pt", "--export base.pt: it exists already; choose another name"),
     ("a.pt --export folder", "--export folder: it exists already; choose another name"),
     ("full.pt --export x", "full fine-tuning has no adapter: pass a file name such as model.bin"),
     ("damaged.pt", "damaged.pt is damaged: it has no adapter"),
-    ("a.pt --prompt " + 99 * "x", "only 0 would fit"),
+    ("a.pt --prompt " + 99 * "x", "leaves room for 0 new tokens"),
     ("by_hand.pt --base base.pt", "by_hand.pt does not contain its tasks: pass --data"),
 ])
 def test_errors_are_one_line_that_says_what_is_wrong(argv, message, capsys):

@@ -350,9 +350,9 @@ def test_evaluate_measures_an_adapter_on_rows(folder):
     ("loralib.pt --alpha 12 --prompt a", "name of its base model: pass --base"),
     ("loralib.pt --base base.pt --prompt a", "does not contain α: pass --alpha"),
     ("theirs", "--data"),
-    ("theirs --base gone.pt --prompt a", "gone.pt is neither a file nor a model"),
+    ("theirs --base gone.pt --prompt a", "gone.pt is neither a file nor one of nano"),
     ("theirs --base nano --prompt a", r"h.0.attn.q: .*'A': \(3, 48\).*should be .*'A': \(3, 128\)"),
-    ("more --prompt a", "more than A and B, such as classifier.weight"),
+    ("more --prompt a", "also contains classifier.weight, which is neither"),
     ("llama --prompt a", "another base model: this one has no model.layers.0.q_proj"),
     ("state.pt --prompt a", "name of its base model: pass --base"),
     ("state.pt --base nano --prompt a", "another base model, with the fingerprint [0-9a-f]{16}; "),
@@ -367,7 +367,7 @@ def test_evaluate_says_what_is_missing_or_does_not_fit(folder, argv, message, ca
 
 
 def test_an_adapter_cannot_be_resumed(folder, capsys):
-    assert_one_line(train.main, "--resume theirs", "theirs is an adapter without a run", capsys)
+    assert_one_line(train.main, "--resume theirs", "theirs contains an adapter but no run", capsys)
 
 
 # What is written

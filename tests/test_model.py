@@ -159,7 +159,7 @@ def test_the_block_can_be_filled_exactly(gpt):
     prompts = [[1] * 60, [2]]
     new = gpt.generate(prompts, 5)                  # the last new token needs no position
     assert [len(row) for row in new] == [5, 5]
-    with pytest.raises(ValueError, match="6 new tokens after 60: only 5"):
+    with pytest.raises(ValueError, match="leaves room for 5 new tokens, not for 6"):
         gpt.generate(prompts, 6)
     with pytest.raises(ValueError, match="every prompt must have at least one token"):
         gpt.generate([[1], []], 6)
@@ -214,12 +214,12 @@ def test_the_hf_layout_is_read_back_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("saved, size, reason", [
-    ({k: v for k, v in HF.items() if k != "wte.weight"}, None, "not a GPT-2: .*wte.weight"),
-    ({k: v for k, v in HF.items() if k != "h.1.ln_2.bias"}, None, "not a GPT-2: .*h.1.ln_2.bias"),
-    (HF | {"h.1.attn.rotary": torch.zeros(2)}, None, "not a GPT-2: .*h.1.attn.rotary"),
-    (HF | {"h.0.mlp.c_fc.weight": torch.zeros(64, 16)}, None, "not a GPT-2: .*h.0.mlp.up.weight"),
-    (HF | {"lm_head.weight": torch.zeros(257, 16)}, None, "not a GPT-2: .*lm_head.weight"),
-    ({"config": {"width": 3}, "model": {}}, None, "not a GPT-2: .*width"),
+    ({k: v for k, v in HF.items() if k != "wte.weight"}, None, "cannot be read as a complete GPT-2 .*wte.weight"),
+    ({k: v for k, v in HF.items() if k != "h.1.ln_2.bias"}, None, "cannot be read as a complete GPT-2 .*h.1.ln_2.bias"),
+    (HF | {"h.1.attn.rotary": torch.zeros(2)}, None, "cannot be read as a complete GPT-2 .*h.1.attn.rotary"),
+    (HF | {"h.0.mlp.c_fc.weight": torch.zeros(64, 16)}, None, "cannot be read as a complete GPT-2 .*h.0.mlp.up.weight"),
+    (HF | {"lm_head.weight": torch.zeros(257, 16)}, None, "cannot be read as a complete GPT-2 .*lm_head.weight"),
+    ({"config": {"width": 3}, "model": {}}, None, "cannot be read as a complete GPT-2 .*width"),
     ({"adapter": {}}, None, "contains an adapter, not a model"),
     ({"tensors": {}, "layer": "LoRALinear"}, None, "contains an adapter, not a model"),
     ([1], None, "not a complete file of torch.save"),
@@ -244,5 +244,5 @@ def test_released_weights_are_read_from_the_cache_of_torch_hub(monkeypatch, tmp_
     with pytest.raises(ConnectionError, match=f"(?s)https://.*/gpt2/.* gpt2.bin in {file.parent}"):
         GPT.from_pretrained("gpt2")
     for name in ("gpt3", "tiny"):                               # tiny has no trained weights
-        with pytest.raises(FileNotFoundError, match=f"{name} is neither a file nor a model"):
+        with pytest.raises(FileNotFoundError, match=f"{name} is neither a file nor one of nano"):
             GPT.from_pretrained(name)

@@ -520,14 +520,14 @@ def error_of(argv, capsys):
 
 @pytest.mark.parametrize("argv, message", [
     ("--batch_size 10 --grad_accum 3", "--batch_size 10 is not divisible by 3, the number of"),
-    ("--block_size 65", "--block_size 65: the model's block has 64 tokens"),
+    ("--block_size 65", "--block_size 65 exceeds the model's block of 64 tokens"),
     ("--device meta", "--device meta:"),
     ("--out /proc/a.pt", "/proc/a.pt"),
     ("--method full --scratch --model gpt5", "--scratch needs a --model from nano tiny gpt2 "),
     ("--method multilora --alpha=4", "--alpha belongs to --method lora or autolora, not multilora"),
     ("--resume a.pt --lr 1", "--resume takes the settings from the run: omit --batch_size --lr"),
-    ("--rank 0", "argument --rank: 0 is not a finite number between 1 and inf"),
-    ("--method autolora --eta inf", "argument --eta: inf is not a finite number between 0 and inf"),
+    ("--rank 0", "argument --rank: 0 is not a finite number, at least 1"),
+    ("--method autolora --eta inf", "argument --eta: inf is not a finite number, at least 0"),
     ("--lr nan", "argument --lr: nan is not a finite number"),
     ("--alpha=-inf", "argument --alpha: -inf is not a finite number"),
     ("--alpha 0", "--alpha 0 would keep ΔW at zero: nothing would be learned"),
@@ -553,8 +553,8 @@ def test_each_reason_why_a_run_cannot_be_resumed_has_its_own_message(capsys):
     Path("peft/adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 4}')
     for name, message in {
         "ended.pt": "ended.pt: the run has ended; start a new one with more --steps",
-        "peft": "peft is an adapter without a run of train.py to resume",
-        "by_hand.pt": "by_hand.pt is an adapter without a run of train.py to resume",
+        "peft": "peft contains an adapter but no run of train.py",
+        "by_hand.pt": "by_hand.pt contains an adapter but no run of train.py",
         "missing.pt": "No such file or directory: 'missing.pt'",
         "no/folder/a.pt": "No such file or directory: 'no/folder/a.pt'",
         "base.pt": "base.pt is neither a checkpoint of train.py nor an adapter",
