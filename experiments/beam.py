@@ -95,7 +95,7 @@ class Finished:
         self.best = [None] * B
 
     def add(self, texts, log_p, ended):
-        """Add those of the n likeliest of texts (B, 2n, t) that have ended. Prompts whose search
+        """Of the n most probable texts (B, 2n, t), add those that have ended. Prompts whose search
         has ended take no more texts."""
         n_beams = self.scores.size(1)
         t = texts.size(2)
@@ -110,8 +110,8 @@ class Finished:
         self.scores, _ = both.topk(n_beams)
 
     def can_improve(self, log_p, t):
-        """Is, for any prompt, the best of the running texts (log_p is sorted) better than the
-        worst of the n finished ones?"""
+        """Whether, for some prompt, the best of the running texts (log_p is sorted) is better than
+        the worst of the n finished ones."""
         best = log_p[:, 0] / t ** self.length_penalty
         self.searching &= best > self.scores[:, -1]
         return self.searching.any().item()

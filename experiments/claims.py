@@ -50,7 +50,8 @@ BLOCK = 0.1             # n times a block's share of ‖ΔW‖, which is 1 if al
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two groups, {unit: value}. The claim says that ours are smaller, or if not, larger."""
+    """Two groups, {unit: value}. The claim says that ours are smaller, or larger if
+    `smaller` is False."""
     ours: dict
     control: dict
     delta: float
@@ -159,7 +160,7 @@ def runs_column(setting, name, wanted):
 
 
 def losses(setting, name, task="mean"):
-    """On nano and on the mixture on the test set, on E2E on 400 validation rows."""
+    """Test-set losses; for E2E, losses on 400 validation rows."""
     wanted = "score.valid_loss" if setting == "e2e" else f"test.{task}.loss"
     return runs_column(setting, name, wanted)
 
@@ -369,7 +370,7 @@ def planted_errors(search):
 
 
 def planted_ranks(search, step):
-    """{seed: [the rank found for each of PLANTED_RANKS]} after so many steps."""
+    """{seed: [the rank found for each of PLANTED_RANKS]} after `step` steps."""
     found = {}
     for row in select(read_csv("planted.csv"), search=search, step=step):
         found[row["seed"]] = [row[f"rank of {planted}"] for planted in PLANTED_RANKS]

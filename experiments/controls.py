@@ -1,5 +1,5 @@
 """
-train.py with one thing changed, for controls that need no flag of their own there.
+train.py with one thing changed, for controls that have no flag of their own there.
 
     python experiments/controls.py --layer learned-s --rank 8 --out out/a.pt
     python experiments/controls.py --ranks uniform --found out/autolora.pt --seed 0 --out out/b.pt
@@ -78,7 +78,7 @@ def permuted_split(tasks, share, seed):
 
 
 def other_ranks(found, kind, cost, k, rng, null=None):
-    """{name: rank} of that kind; `cost` has the parameters of one more rank of each matrix."""
+    """{name: rank} of that kind; `cost`: the parameters that one more rank adds to a matrix."""
     budget = total(found, cost)
     if kind == "shuffled":
         return shuffled(found, cost, rng)

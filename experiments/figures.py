@@ -43,7 +43,7 @@ def draw_all(tests):
 # The main findings -------------------------------------------------------------------------------
 
 def forest(tests):
-    """Effects and intervals in units of δ, and in numbers. What leaves the axis has an arrow."""
+    """Effects and intervals in units of δ, and in numbers. Arrows mark values outside the axis."""
     rows = [test for test in tests if test.claim["finding"] and test.n]
     fig, ax = plt.subplots(figsize=(11.5, 0.26 * len(rows) + 2.6), layout="constrained")
     y = 0

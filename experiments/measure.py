@@ -54,7 +54,7 @@ class Measured:
         return evaluate(self.model, tasks, self.tok, self.settings, self.device, generate)
 
     def loss(self, names, rows, block_size=None):
-        """The mean loss over tasks, on so many validation rows of each."""
+        """The mean loss over tasks, on `rows` validation rows of each."""
         block_size = block_size or self.settings.block_size
         found = self.evaluate(data.load(names, self.tok, block_size, rows))
         return mean(r["loss"] for r in found.values())

@@ -29,7 +29,7 @@ METHODS = {"lora": "LoRA", "multilora": "MultiLoRA, n = 4", "autolora": "AutoLoR
 
 
 def table(head, rows):
-    """In Markdown."""
+    """A Markdown table."""
     lines = []
     for row in (head, ["---"] * len(head), *rows):
         lines.append(f"| {' | '.join(map(str, row))} |")
@@ -75,7 +75,7 @@ def tests():
 
 
 def means(test):
-    """Of the two groups; learning rates need more digits."""
+    """The two groups' means; learning rates need more digits."""
     cells = []
     for value in test.comparison.means():
         cells.append(f"{value:.4f}" if value < 0.02 else f"{value:.3f}")
@@ -166,7 +166,7 @@ NANO_COLUMNS = {"trained": ("parameters", 0), "loss": ("test.mean.loss",),
 
 
 def methods():
-    """For the front page."""
+    """The front page's table of the methods."""
     columns = {task: (f"test.{task}.exact",) for task in TASKS}
     columns |= {"mean": ("test.mean.exact",), "loss": ("test.mean.loss",),
                 "trained": ("parameters", 0)}

@@ -7,8 +7,8 @@ The files in experiments/results: how runs.py writes them, and how claims.py and
     STUDY_intruders.csv         intruder dimensions, mean over a run's matrices
     STUDY_blocks.csv            MultiLoRA's blocks, for each matrix
 
-A run is called NAME-seedN. What is read is {seed: value}, so that groups are paired by seed. Shell
-scripts write by `results.py collect FOLDER RUNS.csv` and `results.py flatten ANALYSIS STUDY`.
+A run is called NAME-seedN. Readers return {seed: value}, so that groups are paired by seed. Shell
+scripts can call `results.py collect FOLDER RUNS.csv` and `results.py flatten ANALYSIS STUDY`.
 """
 import csv
 import json

@@ -1,12 +1,12 @@
 """
-Run the experiments: GNU make runs what is missing of runs.csv, the grid of all runs. studies.csv
+Run the experiments: GNU make runs the missing runs of runs.csv, the grid of all runs. studies.csv
 has the calls of analyze.py that follow.
 
     python experiments/runs.py nano                         # four to five hours on two cores
     python experiments/runs.py nano lora full --seeds 4     # some groups, such as a claim's
     python experiments/runs.py smollm --list                # print the commands and run nothing
     python experiments/runs.py adapters                     # analyse adapters trained by others
-    python experiments/runs.py nano --quick                 # rehearse everything in a small size
+    python experiments/runs.py nano --quick                 # rehearse everything on a small scale
 
 Each group of runs.csv is trained with several seeds, and with several learning rates if the table
 gives them. Checkpoints and logs are written to out/NAME and the numbers to out/NAME/results, for
@@ -136,7 +136,7 @@ def run_all(jobs, folder, at_once):
     for job in jobs:
         known = folder / f"{job.name}.command"
         if known.exists() and known.read_text() != job.command():
-            sys.exit(f"{job.name} was started with another command (see {known}): move it away")
+            sys.exit(f"{job.name} was started with another command (see {known}): move {folder} away")
         known.write_text(job.command())
     targets = " ".join(f"{job.name}.done" for job in jobs)
     rules = [f"all: {targets}\n", *[job.rule(folder) for job in jobs]]
@@ -209,7 +209,7 @@ def parse(argv):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("experiment", choices=SETTINGS)
     p.add_argument("groups", nargs="*", default=["*"], help="names or patterns (default: all)")
-    p.add_argument("--seeds", type=int, help="at most so many of each group (default: all)")
+    p.add_argument("--seeds", type=int, help="at most this many of each group (default: all)")
     p.add_argument("--list", action="store_true", help="print the commands and run nothing")
     p.add_argument("--quick", action="store_true", help="two seeds and a few steps")
     p.add_argument("--jobs", type=int, default=2, help="at a time (default %(default)s)")
