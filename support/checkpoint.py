@@ -146,22 +146,24 @@ def reserved(path, method):
     """
     Create `path`, or the first free out/METHOD.pt, as an empty file, so that no other run uses it,
     and lock it. If nothing has been written into it by the end of the block, it is removed. Raises
-    ValueError if the file exists.
+    ValueError if the file exists and is not empty.
     """
     if not distributed.is_main_process():
         yield path
         return
     path = create_empty(path, method)
-    try:
-        with locked(path):
+    with locked(path):
+        try:
             yield path
-    finally:
-        with suppress(FileNotFoundError):
-            if os.path.getsize(path) == 0:
-                os.unlink(path)
+        finally:
+            with suppress(FileNotFoundError):
+                if os.path.getsize(path) == 0:
+                    os.unlink(path)
 
 
 def create_empty(path, method):
+    if path and os.path.isfile(path) and os.path.getsize(path) == 0:
+        return path             # left by a run that was killed before it saved
     free = [f"out/{method}.pt", *[f"out/{method}-{n}.pt" for n in range(2, 10_000)]]
     for name in [path] if path else free:
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)

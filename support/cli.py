@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,9 +68,6 @@ def deferred_signals():
     left half done. A second signal ends the program at once.
     """
     received = []
-    if threading.current_thread() is not threading.main_thread():       # no handlers there
-        yield received
-        return
 
     def remember(number, frame):
         if received:

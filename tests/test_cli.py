@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import sys
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -87,19 +86,6 @@ def test_an_ignored_signal_stays_ignored(handled):
     with cli.deferred_signals() as signals:
         send(signal.SIGINT)
     assert not signals and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-
-
-def test_signals_are_not_touched_in_other_threads(handled):
-    seen = []
-
-    def block():
-        with cli.deferred_signals() as signals:
-            seen.append(signals)
-
-    thread = threading.Thread(target=block)
-    thread.start()
-    thread.join()
-    assert seen == [[]]
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
