@@ -45,11 +45,7 @@ def load(paths, device="cpu", base=None, alpha=None):
                              "leave it out")
         base_name = base or (settings.model if saved["base"] else None)
         if base_name and not W:
-            try:
-                W, fingerprint = checkpoint.base_matrices(base_name, device)
-            except (OSError, ValueError) as e:
-                raise ValueError(f"{path}: its base model cannot be read ({e}): pass the right one "
-                                 "by --base") from None
+            W, fingerprint = read_base(path, base_name, device)
             if fingerprint:
                 owners[fingerprint] = f"the base model {base_name}"
         if saved["base"]:
@@ -62,11 +58,7 @@ def load(paths, device="cpu", base=None, alpha=None):
         identity = {"checkpoint": name, "seed": seed, "method": settings.method}
         c = Deltas(path, label, identity, settings, saved)
         if settings.method == "full":
-            for matrix, w in W.items():
-                trained = saved["model"].get(f"{matrix}.weight")
-                if trained is None or trained.shape != w.shape:
-                    raise ValueError(f"{path} has no {matrix} of shape {tuple(w.shape)}")
-                c.delta[matrix] = trained.to(device) - w
+            add_differences(c, W, device)
         else:
             add_factors(c, saved["adapter"], device)
         leave_out_zeros(c)
@@ -76,6 +68,24 @@ def load(paths, device="cpu", base=None, alpha=None):
             c.W = W
     check_compatible(loaded)
     return loaded
+
+
+def read_base(path, name, device):
+    """As checkpoint.base_matrices, for the checkpoint `path`. Raises ValueError."""
+    try:
+        return checkpoint.base_matrices(name, device)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: its base model cannot be read ({e}): pass the right one by "
+                         "--base") from None
+
+
+def add_differences(c, W, device):
+    """Fill c.delta for full fine-tuning. Raises ValueError if it has other matrices than W."""
+    for name, w in W.items():
+        trained = c.saved["model"].get(f"{name}.weight")
+        if trained is None or trained.shape != w.shape:
+            raise ValueError(f"{c.path} has no {name} of shape {tuple(w.shape)}")
+        c.delta[name] = trained.to(device) - w
 
 
 def add_factors(c, adapter, device):

@@ -64,27 +64,10 @@ def to_run(saved, path, alpha=None):
     if path.is_dir() or path.stem == "adapter_model":
         config = read_peft_config(file)
     saved = saved.get("model_state_dict", saved)                # the LoRA paper's script saves this
-    pairs = {}
-    size = 0
-    ignored = []
-    for key, t in saved.items():
-        key = str(key).replace("_orig_mod.", "")                # of a compiled model
-        match = KEY.fullmatch(key)
-        if OTHER_METHOD.fullmatch(key):
-            raise ValueError(f"{path}: {key} belongs to DoRA or AdaLoRA, whose ΔW is not B A alone")
-        if match and torch.is_tensor(t):
-            layer, side, from_peft = match.groups()
-            if side in pairs.setdefault(layer, {}):
-                raise ValueError(f"{path} has two matrices {side} for {layer}")
-            pairs[layer][side] = t
-            size += t.numel()
-        else:
-            ignored.append(key)
-    if not pairs:
-        raise ValueError(f"{path} is neither a checkpoint of train.py nor an adapter of peft or "
-                         "loralib")
+    pairs, ignored, from_peft = find_pairs(saved, path)
     if from_peft and config.get("lora_alpha") is None and file.exists():
         config = read_peft_config(file)
+    size = sum(t.numel() for pair in pairs.values() for t in pair.values())
     tensors = {}
     scale = {}
     for layer, pair in pairs.items():
@@ -97,6 +80,30 @@ def to_run(saved, path, alpha=None):
     settings = {"model": base or None, "rank": ranks, "scale": scale}
     return RUN | {"settings": SETTINGS | settings, "adapter": adapter, "base": None,
                   "ignored": ignored, "parameters": size}
+
+
+def find_pairs(saved, path):
+    """({layer: {"A": A, "B": B}}, the keys of other tensors, whether peft wrote them). Raises
+    ValueError if there is no pair, or another method's."""
+    pairs = {}
+    ignored = []
+    from_peft = None
+    for key, t in saved.items():
+        key = str(key).replace("_orig_mod.", "")                # of a compiled model
+        match = KEY.fullmatch(key)
+        if OTHER_METHOD.fullmatch(key):
+            raise ValueError(f"{path}: {key} belongs to DoRA or AdaLoRA, whose ΔW is not B A alone")
+        if match and torch.is_tensor(t):
+            layer, side, from_peft = match.groups()
+            if side in pairs.setdefault(layer, {}):
+                raise ValueError(f"{path} has two matrices {side} for {layer}")
+            pairs[layer][side] = t
+        else:
+            ignored.append(key)
+    if not pairs:
+        raise ValueError(f"{path} is neither a checkpoint of train.py nor an adapter of peft or "
+                         "loralib")
+    return pairs, ignored, from_peft
 
 
 def state_to_run(adapter):
