@@ -41,13 +41,13 @@ FLAGS = {
 }
 QUICK = {"nano": "--steps 8 --eval_rows 4", "e2e": "--steps 1 --eval_rows 2",
          "mixture": "--steps 1 --eval_rows 2"}
-SCORE = "smollm.py e2e score {out} --greedy --data {shared}/data/e2e --text {dir}/novels.txt"
+SCORE = "smollm.py e2e score {out} --greedy --data {shared}/data/e2e"
 MEASURES = {                                    # what follows the training of a run
     "test": "measure.py {out}",
     "test+skills": "measure.py {out} --skills",
     "test+novels": "smollm.py measure {out} --text {dir}/novels.txt",
     "loss": f"{SCORE} --prompts 0",
-    "texts": f"{SCORE} --prompts {{prompts}}",
+    "texts": f"{SCORE} --text {{dir}}/novels.txt --prompts {{prompts}}",
 }
 
 
