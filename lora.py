@@ -136,13 +136,16 @@ def disabled(model):
     """`with disabled(model): ...` runs the base model alone, even if the adapters are merged. They
     are restored afterwards, unless others were loaded in the block."""
     layers = adapters(model)
+    training = model.training
     remove(model)
     try:
         yield model
     finally:
         if not adapters(model):
             for name, m in layers.items():
-                model.set_submodule(name, m.train(model.training))
+                model.set_submodule(name, m)
+                if model.training != training:
+                    m.train(model.training)
 
 
 def choose_layers(model, targets, rank):

@@ -356,6 +356,20 @@ def test_a_model_that_reads_the_weight_of_a_layer_gets_the_adapted_one():
     close(model(x), want)
 
 
+def test_disabled_keeps_the_mode_of_every_layer_unless_the_model_changes_its_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lora.inject(model, rank=2, dropout=0.5)
+    model.eval()
+    model[0].dropout.train()                                    # Monte Carlo dropout
+    model[1].train()
+    with lora.disabled(model):
+        pass
+    assert [model[0].training, model[0].dropout.training, model[1].training] == [False, True, True]
+    with lora.disabled(model):
+        model.train()
+    assert model[0].training and model[0].dropout.training
+
+
 @pytest.mark.parametrize("prepare", [lora.unmerge, lora.merge])
 def test_disabled_runs_the_base_model(gpt, prepare):
     base = logits(gpt)
