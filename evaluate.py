@@ -119,6 +119,14 @@ def export(model, settings, path):
           f".transformer.load_state_dict(torch.load({path!r}))")
 
 
+def print_changed(tasks, checksums):
+    """Say which tasks have other rows than they had in the run."""
+    changed = [t.name for t in tasks if checksums.get(t.name, t.checksum()) != t.checksum()]
+    if changed:
+        print(f"note: the rows of {', '.join(changed)} have changed since the run, which may have "
+              "trained on\nsome that are held out now")
+
+
 def parse(argv=None):
     p = cli.parser(__doc__, "python evaluate.py CKPT [options]")
     add = p.add_argument
@@ -160,7 +168,10 @@ def main(argv=None):
         if settings.data is None:
             raise ValueError(f"{args.checkpoint} does not contain its tasks: pass --data")
         block_size = min(settings.block_size, model.config.block_size)
-        tasks = data.load(settings.data, tok, block_size, settings.eval_rows)
+        tasks = data.load(settings.data, tok, block_size, saved["settings"]["eval_rows"])
+        print_changed(tasks, saved.get("checksums") or {})
+        if args.eval_rows:
+            tasks = data.load(settings.data, tok, block_size, args.eval_rows)
         before = evaluate(model, tasks, tok, settings, device, generate=True)
         checkpoint.restore(saved, model)
         after = evaluate(model, tasks, tok, settings, device, generate=True)

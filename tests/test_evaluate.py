@@ -99,6 +99,21 @@ def test_other_tasks_and_a_moved_base_with_an_unfinished_search(monkeypatch, cap
     assert f"{'other.jsonl':28} {2:8} {before:9.3f} {after:9.3f}" in capsys.readouterr().out
 
 
+def test_rows_that_have_changed_since_the_run_are_reported(capsys):
+    """A row appended to a .jsonl file changes which rows are held out."""
+    write_rows("grows.jsonl", ["some", "thing", "else"] * 9)
+    train.main([*SMALL, *"--data grows.jsonl rows.jsonl --steps 1 --out a.pt".split()])
+    capsys.readouterr()
+    evaluate.main(["a.pt", *ON_CPU])
+    evaluate.main(["a.pt", *ON_CPU, "--eval_rows", "1"])
+    assert "changed" not in capsys.readouterr().out
+    with open("grows.jsonl", "a") as f:
+        f.write('\n{"prompt": "new", "completion": "row"}\n')
+    for more in ([], ["--eval_rows", "1"], ["--data", "grows.jsonl"]):
+        evaluate.main(["a.pt", *ON_CPU, *more])
+        assert "the rows of grows.jsonl have changed since the run" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name, end", [("rows.jsonl", [256]), ("t.txt", [])])
 def test_a_prompt_is_followed_by_eot_unless_the_run_was_on_plain_text(name, end, capsys):
     write_rows("t.txt", ["the quick brown fox"] * 40)
