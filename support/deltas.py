@@ -157,6 +157,8 @@ def check_compatible(checkpoints):
     free = dict.fromkeys(["out", "resume", "ranks_from", "device", "seed"])
     for a, b in itertools.combinations(checkpoints, 2):
         same = vars(a.settings) | free == vars(b.settings) | free
+        same &= a.saved.get("checksums") == b.saved.get("checksums")
+        same &= (a.settings.ranks_from is None) == (b.settings.ranks_from is None)
         same &= a.settings.seed != b.settings.seed
         same &= (a.saved["phase"], a.saved["step"]) == (b.saved["phase"], b.saved["step"])
         if a.identity["checkpoint"] == b.identity["checkpoint"] and not same:

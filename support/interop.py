@@ -23,7 +23,7 @@ IN_GPT2 = re.compile(rf"(?:transformer\.)?(h\.\d+)\.({'|'.join(model.HF_NAMES)})
 UNSUPPORTED = ("use_dora use_qalora use_bdlora kasa_config lora_bias layer_replication "
                "target_parameters alora_invocation_tokens arrow_config").split()
 CHANGES_W = ("pissa", "olora", "corda", "loftq", "lora_ga")     # initialisations that change W
-SETTINGS = {"method": "lora", "scratch": False, "seed": None, "data": None,
+SETTINGS = {"method": "lora", "scratch": False, "seed": None, "data": None, "ranks_from": None,
             "dtype": "fp32", "eval_rows": 200, "batch_size": 8, "block_size": 1024}
 RUN = {"history": {"loss": [], "valid": [], "beta": []}, "phase": "train", "step": None,
        "before": None, "after": None}
@@ -57,7 +57,7 @@ def to_run(saved, path, alpha=None):
     The content of such a file in the form of a checkpoint; scales are None if α is unknown. Raises
     OSError or ValueError if the file is not a complete LoRA adapter.
     """
-    if {"layer", "tensors", "scale", "base"} <= saved.keys():
+    if {"layer", "settings", "tensors", "scale", "base"} <= saved.keys():
         return state_to_run(saved)
     file = (path if path.is_dir() else path.parent) / "adapter_config.json"
     config = {"lora_alpha": alpha}
@@ -114,7 +114,8 @@ def state_to_run(adapter):
     method = adapter["layer"].removesuffix("Linear").lower()
     if adapter["layer"] not in adapter_state.LAYERS:            # a user's own class
         method = "lora"
-    settings = {"model": None, "method": method}
+    ranks = {name: len(own["A"]) for name, own in adapter["tensors"].items()}
+    settings = adapter["settings"] | {"model": None, "method": method, "rank": ranks}
     return RUN | {"settings": SETTINGS | settings, "adapter": adapter, "base": adapter["base"],
                   "parameters": size}
 

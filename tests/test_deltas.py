@@ -206,7 +206,8 @@ def test_two_seeds_may_come_from_an_earlier_version_and_from_this_one():
     assert [c.settings.search_split for c in loaded] == [0.7, 0.7]
 
 
-@pytest.mark.parametrize("change", [{"rank": 5}, {"seed": 0}, {"method": "full"}, {"step": 2}])
+@pytest.mark.parametrize("change", [{"rank": 5}, {"seed": 0}, {"method": "full"}, {"step": 2},
+                                    {"ranks_from": "a.pt"}, {"checksums": {"rows": 1}}])
 def test_files_of_one_name_must_be_seeds_of_the_same_settings(change):
     state = adapter_state.state_dict(adapted())
     save_run("run-seed0.pt", state)
@@ -216,6 +217,14 @@ def test_files_of_one_name_must_be_seeds_of_the_same_settings(change):
     message = "run-seed0.pt and run-seed1.pt have the same name, but are not two seeds"
     with pytest.raises(ValueError, match=message):
         deltas.load(["run-seed0.pt", "run-seed1.pt"])
+
+
+def test_adapters_saved_by_hand_under_one_name_must_have_equal_settings():
+    for seed, ranks in ((0, 2), (1, 3)):
+        model = randomise(lora.inject(base(), None, ranks))
+        torch.save(adapter_state.state_dict(model), f"x-seed{seed}.pt")
+    with pytest.raises(ValueError, match="not two seeds of the same settings"):
+        deltas.load(["x-seed0.pt", "x-seed1.pt"])
 
 
 # Base models
