@@ -210,6 +210,7 @@ def write(saved, path):
     if not distributed.is_main_process():
         return
     part = beside(path, f"{secrets.token_hex(6)}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)      # it may have been moved during the run
     try:
         with open(part, "xb") as f:
             torch.save(saved, f)

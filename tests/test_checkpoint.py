@@ -1,5 +1,6 @@
 """support/checkpoint.py: files are never lost or overwritten, and lead back to the same model."""
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -310,6 +311,21 @@ def test_with_bf16_only_a_frozen_base_is_stored_in_bf16(method, dtype):
     assert {t.dtype for t in tensors(f"out/{method}.pt").values()} == {torch.float32}
     assert saved["after"]["rows.jsonl"]["loss"] < saved["before"]["rows.jsonl"]["loss"]
     checkpoint.restore(saved, GPT.from_pretrained("base.pt"))   # the same base model, in float32
+
+
+def test_a_folder_that_was_removed_during_the_run_is_made_again():
+    os.mkdir("folder")
+    argv = [*SMALL, *"--steps 2 --eval_every 1 --out folder/a.pt".split()]
+    with pytest.MonkeyPatch.context() as m:
+        evaluate_held_out = train.Run.evaluate_held_out
+
+        def remove_folder(run, **options):
+            shutil.rmtree("folder", ignore_errors=True)
+            return evaluate_held_out(run, **options)
+
+        m.setattr(train.Run, "evaluate_held_out", remove_folder)
+        train.main(argv)
+    assert read("folder/a.pt")["after"] is not None
 
 
 # Checkpoints of earlier versions
