@@ -76,6 +76,9 @@ def state_dict(model, base=None):
         tensors[name] = {key: t.detach().cpu().clone() for key, t in own_tensors(m).items()}
         scale[name] = scale_of(m)
         kinds.append((type(m).__name__, settings_of(m)))
+        Bs, A = m.factors()
+        if not torch.equal(Bs, m.B * m.scale()) or not torch.equal(A, m.A):
+            raise ValueError(f"{name}: its class overrides factors(), which a state cannot contain")
         if kinds[-1] != kinds[0]:
             raise ValueError(f"{name} has another class or other settings than the first adapter; "
                              "one state can hold only adapters of the same kind")
@@ -179,6 +182,8 @@ def combine(states, weights=None):
         raise ValueError("there are no adapters to combine")
     if len(weights) != len(states):
         raise ValueError(f"{len(states)} adapters need {len(states)} weights, not {len(weights)}")
+    if not all("tensors" in state for state in states):
+        raise ValueError('one of these is not an adapter: that of a checkpoint is its ["adapter"]')
     bases = {state["base"] for state in states}
     if len(bases) != 1:
         raise ValueError("the adapters were trained on different base models")

@@ -449,3 +449,18 @@ def test_invalid_combinations_are_refused():
         combine([state, state], [1.0])
     with pytest.raises(ValueError, match="no adapters"):
         combine([])
+
+
+def test_a_class_with_other_factors_cannot_be_saved():
+    class Gated(lora.LoRALinear):
+        def factors(self):
+            return self.B * self.scale(), 2 * self.A
+
+    model = lora.inject(nn.Sequential(nn.Linear(4, 4)), rank=2, layer=Gated)
+    with pytest.raises(ValueError, match=r"0: its class overrides factors\(\)"):
+        state_dict(model)
+
+
+def test_a_checkpoint_cannot_be_combined():
+    with pytest.raises(ValueError, match=r'that of a checkpoint is its \["adapter"\]'):
+        combine([{"adapter": {}, "base": "0"}])
