@@ -314,18 +314,18 @@ def shared_names(a, b):
 
 
 def checkpoint_pairs(checkpoints):
-    """{title: pairs with a matrix in common}. If some pairs of a title have different seeds, only
+    """{names: pairs with a matrix in common}. If some pairs of two names have different seeds, only
     these count: see `same_seed`."""
     names = [c.identity["checkpoint"] for c in checkpoints]
     in_order = sorted(checkpoints, key=lambda c: names.index(c.identity["checkpoint"]))
     pairs = {}
     for a, b in itertools.combinations(in_order, 2):
         if shared_names(a, b):
-            title = f"{a.identity['checkpoint']} and {b.identity['checkpoint']}"
-            pairs.setdefault(title, []).append((a, b))
-    for title, members in pairs.items():
+            both = a.identity["checkpoint"], b.identity["checkpoint"]
+            pairs.setdefault(both, []).append((a, b))
+    for both, members in pairs.items():
         different = [(a, b) for a, b in members if not same_seed(a, b)]
-        pairs[title] = different or members
+        pairs[both] = different or members
     return pairs
 
 
@@ -353,7 +353,9 @@ def subspace_study(checkpoints, records, out):
     """Print φ of the first and of all directions, mean over matrices and pairs; draw φ(i, j)."""
     found = []
     rows = []
-    for title, members in checkpoint_pairs(checkpoints).items():
+    for both, members in checkpoint_pairs(checkpoints).items():
+        title = " and ".join(both)
+        here = []
         related = same_seed(*members[0])
         for a, b in members:
             for name in shared_names(a, b):
@@ -361,12 +363,13 @@ def subspace_study(checkpoints, records, out):
                         "same_seed": related}
                 for side, phi in similarities(a, b, name).items():
                     ends[side] = [phi[0, 0].item(), phi[-1, -1].item()]
-                found.append(ends)
+                here.append(ends)
         row = [f"{title} *" if related else title]
         for side in ("input", "random", "output", "random output"):
-            first, last = np.mean(pluck(select(found, pair=title), side), 0)
+            first, last = np.mean(pluck(here, side), 0)
             row += [f"{first:.2f}", f"{last:.2f}"]
         rows.append(row)
+        found += here
         draw_pair(*members[0], out)
     heads = "input all random all output all random all".split()
     report.table(["φ, mean over matrices", *heads], rows, 6)
@@ -391,8 +394,8 @@ def draw_pair(a, b, out):
             phi = similarities(a, b, name)[side]
             panels.append((f"{target_of(name)}, {side}{suffix}", phi[:size, :size]))
     title = f"φ(i, j) of ΔW: {a.label} (i) and {b.label} (j), layer {layer}"
-    path = out / f"subspace-{a.label}-{b.label}.png"
-    while path in report.FIGURES:               # that of "a" and "b-c", if these are "a-b" and "c"
+    path = out / f"subspace-{a.label[:60]}-{b.label[:60]}.png"
+    while path in report.FIGURES:       # "a" and "b-c" after "a-b" and "c", or shortened labels
         path = path.with_name(f"{path.stem}-2.png")
     report.maps(path, title, panels, columns=len(sizes) * len(shown))
 
@@ -495,6 +498,9 @@ def blocks_study(checkpoints, records, out):
     for c in checkpoints:
         n = n_blocks(c)
         for name, (B, A) in c.delta.items() if n > 1 else []:
+            if not all(block.any() for block in (B.chunk(n, 1) + A.chunk(n))):
+                print(f"left out  blocks of {name} in {c.label}: one of them is zero")
+                continue
             null = gaussian(B, f"{c.label} {name} 0"), gaussian(A, f"{c.label} {name} 1")
             found.append({**c.identity, "name": name, "n": n, **block_measures(B, A, n),
                           "null": block_measures(*null, n)})
@@ -514,7 +520,8 @@ def blocks_study(checkpoints, records, out):
         shares = np.mean(pluck(here, "share"), 0)
         row = [name, f"{len(shares)}", f"{shares[0]:.2f}", f"{shares[-1]:.2f}"]
         for key in ("input", "null.input", "output", "null.output"):
-            row.append(f"{np.mean(pluck(here, key), 0)[-1]:.3f}")       # φ of all directions
+            of_all = [phi[-1] for phi in pluck(here, key)]              # of all directions
+            row.append(f"{np.mean(of_all):.3f}")
         rows.append(row)
     report.table(["blocks, mean over matrices", "n", "largest", "smallest", "input φ", "random",
                   "output φ", "random"], rows, 8)
@@ -531,7 +538,7 @@ def ranks_study(checkpoints, records, out):
             a = selection(torch.stack(beta), c.settings.gate)           # (steps, matrices, k)
             counts = above_threshold(a[-1]).sum(-1)                     # (matrices,)
             ranks = dict(zip(c.saved["adapter"]["tensors"], counts.tolist()))
-            report.search_figure(out / f"ranks-{c.label}.png", f"Ranks, {c.label}", ranks, steps, a)
+            report.search_figure(out / f"ranks-{c.label[:60]}.png", f"Ranks, {c.label}", ranks, steps, a)
             found.append({**c.identity, "ranks": ranks, "steps": steps,
                           "largest": a.amax(-1).tolist()})
     return found
@@ -588,10 +595,11 @@ def print_left_out(checkpoints, needs, base):
 
 
 def delete_earlier_figures(out):
-    """Delete the figures that an earlier analysis in this folder lists as its own."""
+    """Delete an earlier analysis in this folder: its numbers and the figures that they list."""
     try:
         for name in json.loads((out / "analysis.json").read_text())["figures"]:
             (out / Path(name).name).unlink(missing_ok=True)
+        (out / "analysis.json").unlink()
     except (OSError, ValueError, KeyError, TypeError):
         return                                  # there was none, or one of an earlier version
 
@@ -630,7 +638,7 @@ def main(argv=None):
         print_left_out(checkpoints, {} if args.study else needs, args.base)
         records = map_matrices(record, [(c, name) for c in checkpoints for name in c.delta])
         first = checkpoints[0].path
-        out = args.out or first.parent / f"{deltas.label_of(first)}-analysis"
+        out = args.out or first.parent / f"{deltas.label_of(first)[:60]}-analysis"
         out.mkdir(parents=True, exist_ok=True)
         delete_earlier_figures(out)
         report.FIGURES.clear()

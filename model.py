@@ -243,7 +243,8 @@ def from_hf_layout(saved, n_head=None):
         raise ValueError("lm_head.weight differs from wte.weight, but GPT-2's head is tied")
     size = C / n_head if n_head else 64
     if C % size or size % 1 or (not n_head and C < 768):
-        raise ValueError(f"pass n_head, the number of heads, which must divide the width {C}")
+        raise ValueError(f"the number of heads is unknown for width {C}: pass a divisor of it as "
+                         "GPT.from_pretrained's n_head")
     n_layer = len([k for k in state if k.endswith("attn.c_attn.weight")])
     for i in range(n_layer):
         for theirs, ours in HF_NAMES.items():

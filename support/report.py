@@ -102,6 +102,8 @@ def summary(checkpoints, records):
             results.append([name, mean_and_std(loss, 3), mean_and_std(exact, 3)])
     table(["mean ± std over matrices", "parameters", "top-1", "eff. rank", "st. rank", "amplif."],
           measures)
+    if len({tuple(c.saved["after"]) for c in checkpoints if c.saved["after"]}) > 1:
+        print("note: the results below are those of different tasks")
     if results:
         table(["results, mean over tasks", "loss", "exact match"], results, 13)
 

@@ -21,7 +21,7 @@ from analyze import (effective_rank, gaussian_like, intruders, stable_rank, subs
                      svd, top_share)
 from conftest import close, random_gpt
 from model import GPT, GPTConfig, read
-from support import adapter_state, report
+from support import adapter_state, deltas, report
 from support.deltas import Deltas
 from support.report import pluck, select
 from test_interop import PEFT, SIZES, peft
@@ -468,6 +468,21 @@ def test_blocks_are_compared_by_their_dense_products_and_pairwise(made, capsys):
     assert drawn[1] == pytest.approx(np.mean(pluck(found["blocks"], "input"), 0))
 
 
+def test_blocks_may_differ_in_size_between_matrices_and_be_zero(made, tmp_path, capsys):
+    saved = read(made / "multi.pt")
+    adapter = saved["adapter"]
+    names = list(adapter["tensors"])
+    small, zero = names[:2]
+    own = adapter["tensors"][small]
+    adapter["tensors"][small] = {"A": own["A"][1:3], "B": own["B"][:, 1:3], "s": own["s"]}
+    adapter["scale"][small] = own["s"]
+    adapter["scale"][zero][:2] = 0
+    torch.save(saved, tmp_path / "x.pt")
+    found, _ = run(tmp_path, f"x.pt --study blocks --base {made / 'base.pt'}")
+    assert pluck(found["blocks"], "name") == [name for name in names if name != zero]
+    assert f"left out  blocks of {zero} in x: one of them is zero" in capsys.readouterr().out
+
+
 def test_more_than_two_blocks_are_compared_pairwise():
     """Blocks 1 and 2 share one of two input directions, and 3 shares none."""
     A = torch.eye(8)[[0, 1, 1, 2, 3, 4]]
@@ -540,6 +555,34 @@ def test_only_figures_that_an_earlier_analysis_lists_are_deleted(tmp_path, text)
         path.touch()
     analyze.delete_earlier_figures(out)
     assert (out / "a.png").exists() and (tmp_path / "b.png").exists()
+
+
+def test_a_failed_analysis_leaves_no_numbers_of_other_figures(made, monkeypatch):
+    run(made, "v.pt --study spectrum")
+    monkeypatch.setitem(analyze.STUDIES, "spectrum", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(made, "v.pt --study spectrum")
+    assert not (made / "v-analysis" / "analysis.json").exists()
+
+
+def test_long_names_have_figures(made, tmp_path):
+    names = ["a" * 200, "a" * 199 + "b"]
+    for name, source in zip(names, ("lora-seed0", "lora-seed1")):
+        shutil.copy(made / f"{source}.pt", tmp_path / f"{name}.pt")
+    found, figures = run(tmp_path, f"{names[0]}.pt {names[1]}.pt --study subspace --layers 0")
+    assert pluck(found["checkpoints"], "checkpoint") == names and len(figures) == 2
+
+
+def test_the_results_of_different_tasks_have_a_note(made, tmp_path, capsys):
+    other = read(made / "v.pt")
+    other["after"] = {"other": {"loss": 1.0}}
+    torch.save(other, tmp_path / "other.pt")
+    for path in (made / "v.pt", made / "full.pt"):
+        shutil.copy(path, tmp_path)
+    run(tmp_path, "v.pt full.pt --study spectrum")
+    assert "different tasks" not in capsys.readouterr().out
+    run(tmp_path, "v.pt other.pt --study spectrum")
+    assert "different tasks" in capsys.readouterr().out
 
 
 def test_files_of_one_name_are_different_checkpoints_with_different_nulls(made, tmp_path, capsys):
@@ -692,10 +735,23 @@ def test_pairs_have_different_seeds_if_any_have():
         c.saved["adapter"] = {}
         made.append(c)
     pairs = {}
-    for title, members in analyze.checkpoint_pairs(made).items():
-        pairs[title] = " ".join(f"{a.label}-{b.label}" for a, b in members)
-    assert pairs == {"a and a": "a0-a1", "a and b": "a1-b0", "a and c": "a1-c0",
-                     "b and c": "b0-c0"}            # both have seed 0, and there is no other pair
+    for names, members in analyze.checkpoint_pairs(made).items():
+        pairs[names] = " ".join(f"{a.label}-{b.label}" for a, b in members)
+    assert pairs == {("a", "a"): "a0-a1", ("a", "b"): "a1-b0", ("a", "c"): "a1-c0",
+                     ("b", "c"): "b0-c0"}           # both have seed 0, and there is no other pair
+
+
+def test_pairs_whose_titles_are_equal_have_rows_of_their_own(made, tmp_path, capsys):
+    names = ("a", "b and c", "a and b", "c")
+    for name, source in zip(names, ("lora-seed0", "lora-seed1", "v", "wide")):
+        shutil.copy(made / f"{source}.pt", tmp_path / f"{name}.pt".replace(" ", "_"))
+    label_of = deltas.label_of
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(deltas, "label_of", lambda *_: label_of(*_).replace("_", " "))
+        run(tmp_path, "a.pt b_and_c.pt a_and_b.pt c.pt --study subspace --targets v")
+    lines = capsys.readouterr().out.splitlines()
+    same_title = [line for line in lines if line.startswith("a and b and c")]
+    assert len(same_title) == 2 and same_title[0] != same_title[1]
 
 
 @pytest.mark.parametrize("selected, n", [(False, 4), (True, 9)])
