@@ -538,7 +538,8 @@ def ranks_study(checkpoints, records, out):
             a = selection(torch.stack(beta), c.settings.gate)           # (steps, matrices, k)
             counts = above_threshold(a[-1]).sum(-1)                     # (matrices,)
             ranks = dict(zip(c.saved["adapter"]["tensors"], counts.tolist()))
-            report.search_figure(out / f"ranks-{c.label[:60]}.png", f"Ranks, {c.label}", ranks, steps, a)
+            path = out / f"ranks-{c.label[:60]}.png"
+            report.search_figure(path, f"Ranks, {c.label}", ranks, steps, a)
             found.append({**c.identity, "ranks": ranks, "steps": steps,
                           "largest": a.amax(-1).tolist()})
     return found

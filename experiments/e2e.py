@@ -184,8 +184,8 @@ def score(args):
 
 
 def check_arguments(args, n_prompts):
-    """Raise ValueError if --text is not a text file, or if more texts, or texts that were decoded in
-    another way, would be overwritten."""
+    """Raise ValueError if --text is not a text file, or if more texts, or texts decoded in another
+    way, would be overwritten."""
     if args.text and not (data.is_text(args.text) and Path(args.text).is_file()):
         raise ValueError(f"--text {args.text} is not a .txt or .txt.xz file")
     path = result_path(args)

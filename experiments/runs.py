@@ -136,7 +136,8 @@ def run_all(jobs, folder, at_once):
     for job in jobs:
         known = folder / f"{job.name}.command"
         if known.exists() and known.read_text() != job.command():
-            sys.exit(f"{job.name} was started with another command (see {known}): move {folder} away")
+            sys.exit(f"{job.name} was started with another command (see {known}): move {folder} "
+                     "away")
         known.write_text(job.command())
     targets = " ".join(f"{job.name}.done" for job in jobs)
     rules = [f"all: {targets}\n", *[job.rule(folder) for job in jobs]]

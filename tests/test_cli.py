@@ -21,8 +21,9 @@ def test_bounded_converts_a_number_within_its_limits():
     p.add_argument("--any", type=cli.bounded(float, -math.inf))
     assert p.parse_args(["--any=-1e300"]).any == -1e300
     wrong = "is not a finite number"
-    for words, message in [("--share 1.5", f"argument --share: 1.5 {wrong}, at least 0 and at most 1"),
-                           ("--share nan", f"argument --share: nan {wrong}, at least 0 and at most 1"),
+    share = f"{wrong}, at least 0 and at most 1"
+    for words, message in [("--share 1.5", f"argument --share: 1.5 {share}"),
+                           ("--share nan", f"argument --share: nan {share}"),
                            ("--n 0", f"argument --n: 0 {wrong}, at least 1"),
                            ("--n 1.5", "argument --n: invalid int value: '1.5'"),
                            ("--any inf", f"argument --any: inf {wrong}"),
