@@ -30,6 +30,7 @@ from results import column, phi, read_csv, select, study
 
 SETTINGS = {"nano": "nano", "e2e": "SmolLM2, E2E", "mixture": "SmolLM2, mixture"}
 MODEL = {"nano": "nano", "e2e": "smollm", "mixture": "smollm"}      # names of its results files
+BLOCKS = {"nano": "nano_methods_blocks.csv", "mixture": "smollm_mixture_blocks.csv"}
 TASKS = ("instruct", "arith", "infer", "facts", "data2text")
 PLANTED_RANKS = (0, 1, 2, 4, 6)
 PLANTED_STEPS = {"default": 1000, "sigmoid": 100, "none": 300}      # when each search is stopped
@@ -301,17 +302,15 @@ def amplification(setting, name, target):
 
 def block_overlap(setting, name, side):
     """φ of all directions of two blocks of one ΔW, and that of Gaussian blocks."""
-    file = f"{MODEL[setting]}_methods_blocks.csv"
-    return Comparison(study(file, name, side), study(file, name, f"null.{side}"), OVERLAP,
-                      smaller=False)
+    ours = study(BLOCKS[setting], name, side)
+    return Comparison(ours, study(BLOCKS[setting], name, f"null.{side}"), OVERLAP, smaller=False)
 
 
 def smallest_block(setting, name):
     """n times the smallest block's share of ‖ΔW‖, and a half."""
-    file = f"{MODEL[setting]}_methods_blocks.csv"
     values = {}
-    for seed, share in study(file, name, "smallest").items():
-        values[seed] = share * read_csv(file)[0]["n"]
+    for seed, share in study(BLOCKS[setting], name, "smallest").items():
+        values[seed] = share * read_csv(BLOCKS[setting])[0]["n"]
     return Comparison(values, dict.fromkeys(values, 0.5), BLOCK, smaller=False)
 
 
