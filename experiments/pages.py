@@ -209,17 +209,15 @@ def blocks():
 
 def block_shares():
     """MultiLoRA's blocks, mean and standard deviation over the matrices and seeds."""
-    columns = (("largest share", "largest"), ("smallest share", "smallest"),
-               ("φ of inputs", "input"), ("Gaussians", "null.input"),
-               ("φ of outputs", "output"), ("Gaussians", "null.output"))
     lines = []
     for setting, file in claims.BLOCKS.items():
         rows = read_csv(file)
-        if rows:
-            seeds = len({row["seed"] for row in rows})
-            cells = [spread([row[column] for row in rows]) for _, column in columns]
-            lines.append((SETTINGS[setting], seeds, rows[0]["n"], *cells))
-    return table(("setting", "seeds", "n", *(head for head, _ in columns)), lines)
+        line = [SETTINGS[setting], len({row["seed"] for row in rows}), rows[0]["n"]]
+        for column in ("largest", "smallest", "input", "null.input", "output", "null.output"):
+            line.append(spread(row[column] for row in rows))
+        lines.append(line)
+    return table(("setting", "seeds", "n", "largest share", "smallest share", "φ of inputs",
+                  "Gaussians", "φ of outputs", "Gaussians"), lines)
 
 
 def learning_rates():
@@ -403,8 +401,8 @@ def last_screen():
 
 BLOCKS = {f.__name__: f for f in (
     findings, verdict_counts, all_claims, missing_runs, methods, targets, blocks, block_shares,
-    learning_rates, all_learning_rates, smollm_e2e, smollm_mixture, found_ranks, planted, shared_directions,
-    forgetting, adapters, training_steps, forward_passes, last_screen)}
+    learning_rates, all_learning_rates, smollm_e2e, smollm_mixture, found_ranks, planted,
+    shared_directions, forgetting, adapters, training_steps, forward_passes, last_screen)}
 
 
 def fill(text):

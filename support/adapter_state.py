@@ -182,8 +182,9 @@ def combine(states, weights=None):
         raise ValueError("there are no adapters to combine")
     if len(weights) != len(states):
         raise ValueError(f"{len(states)} adapters need {len(states)} weights, not {len(weights)}")
-    if not all("tensors" in state for state in states):
-        raise ValueError('one of these is not an adapter: that of a checkpoint is its ["adapter"]')
+    for state in states:
+        if "tensors" not in state:
+            raise ValueError('this is not an adapter: that of a checkpoint is its ["adapter"]')
     bases = {state["base"] for state in states}
     if len(bases) != 1:
         raise ValueError("the adapters were trained on different base models")

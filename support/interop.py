@@ -67,15 +67,17 @@ def to_run(saved, path, alpha=None):
     pairs, ignored, from_peft = find_pairs(saved, path)
     if from_peft and config.get("lora_alpha") is None and file.exists():
         config = read_peft_config(file)
-    size = sum(t.numel() for pair in pairs.values() for t in pair.values())
+    size = 0
+    ranks = {}
     tensors = {}
     scale = {}
     for layer, pair in pairs.items():
+        size += sum(map(torch.numel, pair.values()))
         for name, A, B in split_fused(layer, pair, path):
             tensors[name] = {"A": A.float(), "B": B.float()}
             scale[name] = lora_scale(layer, len(A), config)
+            ranks[name] = len(A)
     adapter = {"layer": "LoRALinear", "base": None, "tensors": tensors, "scale": scale}
-    ranks = {name: len(own["A"]) for name, own in tensors.items()}
     base = (config.get("base_model_name_or_path") or "").removeprefix("openai-community/")
     settings = {"model": base or None, "rank": ranks, "scale": scale}
     return RUN | {"settings": SETTINGS | settings, "adapter": adapter, "base": None,
