@@ -497,7 +497,9 @@ def blocks_study(checkpoints, records, out):
     found = []
     for c in checkpoints:
         n = n_blocks(c)
-        for name, (B, A) in c.delta.items() if n > 1 else []:
+        if n == 1:
+            continue
+        for name, (B, A) in c.delta.items():
             if not all(block.any() for block in (B.chunk(n, 1) + A.chunk(n))):
                 print(f"left out  blocks of {name} in {c.label}: one of them is zero")
                 continue

@@ -175,7 +175,8 @@ def planted():
     fig, ax = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
     names = {"default": "softmax (AutoLoRA), 1000 steps", "sigmoid": "sigmoid, 100 steps",
              "none": "β itself, 300 steps"}
-    styles = {"default": ("o", "#d55e00"), "sigmoid": ("s", "#0072b2"), "none": ("D", "#009e73")}
+    styles = {"default": ("o", METHOD_COLORS["autolora"]), "sigmoid": ("s", "#cc79a7"),
+              "none": ("D", "#999999")}
     for i, (search, label) in enumerate(names.items()):
         found = list(claims.planted_ranks(search, claims.PLANTED_STEPS[search]).values())
         columns = list(zip(*found))

@@ -748,10 +748,13 @@ def test_pairs_whose_titles_are_equal_have_rows_of_their_own(made, tmp_path, cap
     label_of = deltas.label_of
     with pytest.MonkeyPatch.context() as m:
         m.setattr(deltas, "label_of", lambda *_: label_of(*_).replace("_", " "))
-        run(tmp_path, "a.pt b_and_c.pt a_and_b.pt c.pt --study subspace --targets v")
+        found, _ = run(tmp_path, "a.pt b_and_c.pt a_and_b.pt c.pt --study subspace --targets v")
     lines = capsys.readouterr().out.splitlines()
     same_title = [line for line in lines if line.startswith("a and b and c")]
-    assert len(same_title) == 2 and same_title[0] != same_title[1]
+    for line, first in zip(same_title, ("a", "a and b"), strict=True):
+        of_pair = select(found["subspace"], pair="a and b and c", a=first)
+        first, last = np.mean(pluck(of_pair, "input"), 0)
+        assert re.findall(r"\d\.\d\d", line)[:2] == [f"{first:.2f}", f"{last:.2f}"]
 
 
 @pytest.mark.parametrize("selected, n", [(False, 4), (True, 9)])
