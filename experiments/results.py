@@ -152,6 +152,18 @@ def write_csv(rows, path, columns=()):
             out.writerow({name: cell(value) for name, value in row.items()})
 
 
+def update_csv(rows, path, key, columns=()):
+    """The same, but rows of an earlier file remain unless a new row has the same `key` columns."""
+    merged = {}
+    if path.exists():
+        with open(path, newline="") as f:
+            for row in csv.DictReader(f):
+                merged[tuple(row[name] for name in key)] = row
+    for row in rows:
+        merged[tuple(cell(row[name]) for name in key)] = row
+    write_csv(list(merged.values()), path, columns)
+
+
 def cell(value):
     """As text: lists with spaces in between, numbers with six digits."""
     if isinstance(value, list):
@@ -171,8 +183,8 @@ def collect(folder, path):
         if saved["after"] is not None:
             rows.append(run_row(file, saved, settings))
             samples[file.stem] = saved["samples"]
-    write_csv(rows, path, FIRST)
-    print(f"{len(rows)} runs in {path}")
+    update_csv(rows, path, ["name"], FIRST)
+    print(f"{len(rows)} runs written to {path}")
     return samples
 
 
@@ -185,7 +197,7 @@ def collect_sums(folder, path):
             row[measure if measure == "weight" else f"test.{measure}"] = value
         rows.append(row)
     if rows:
-        write_csv(rows, path)
+        update_csv(rows, path, ["name"])
 
 
 def run_row(file, saved, settings):
@@ -202,6 +214,9 @@ def run_row(file, saved, settings):
     if settings.ranks_from:
         del row["rank"]
     row |= result_columns(saved["before"], saved["after"])
+    commit = file.with_suffix(".commit")
+    if commit.exists():
+        row["commit"] = list(dict.fromkeys(commit.read_text().split()))     # two if resumed later
     for kind in ("test", "score", "untrained", "beam"):
         measured = file.with_name(f"{file.stem}-{kind}.json")
         if measured.exists():
@@ -228,14 +243,18 @@ def flatten(folder, prefix):
     """Write the numbers of an analysis.json to PREFIX.csv, PREFIX_pairs.csv, ..._intruders.csv and
     ..._blocks.csv."""
     found = json.loads((folder / "analysis.json").read_text())
+    matrix = ["checkpoint", "seed", "name"]
+    tables = []
     if "spectrum" in found or "amplification" in found:
-        write_csv([flat(record) for record in found["records"]], f"{prefix}.csv")
+        tables.append(("", list(map(flat, found["records"])), matrix))
     if "subspace" in found:
-        write_csv(pair_rows(found["subspace"]), f"{prefix}_pairs.csv")
+        tables.append(("_pairs", pair_rows(found["subspace"]), ["pair", "a", "b", "name"]))
     if "intruders" in found:
-        write_csv(intruder_rows(found["intruders"]), f"{prefix}_intruders.csv")
+        tables.append(("_intruders", intruder_rows(found["intruders"]), matrix[:2]))
     if "blocks" in found:
-        write_csv(block_rows(found["blocks"]), f"{prefix}_blocks.csv")
+        tables.append(("_blocks", block_rows(found["blocks"]), matrix))
+    for ending, rows, key in tables:
+        update_csv(rows, Path(f"{prefix}{ending}.csv"), key)
 
 
 def flat(record):

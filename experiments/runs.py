@@ -10,8 +10,9 @@ has the calls of analyze.py that follow.
 
 Each group of runs.csv is trained with several seeds, and with several learning rates if the table
 gives them. Checkpoints and logs are written to out/NAME and the numbers to out/NAME/results, for
-claims.py; --results experiments/results replaces the published ones. A file RUN.done marks what has
-finished: an interrupted call continues there, and unfinished runs resume from their checkpoints.
+claims.py; --results experiments/results adds them to the published ones, in place of older rows of
+the same runs. A file RUN.done marks what has finished: an interrupted call continues there, and
+unfinished runs resume from their checkpoints. RUN.commit has the version of the code.
 """
 import argparse
 import csv
@@ -96,8 +97,10 @@ class Job:
             resume = f"python {self.program} --resume {self.checkpoint}"
             command = f"if [ -s {self.checkpoint} ]; then {resume}; else {command}; fi"
         needs = " ".join(f"{name}.done" for name in self.needs)
+        log = f"{folder}/{self.name}"
         return (f"{self.name}.done: {needs}\n\t@echo {self.name}\n"
-                f"\t@cd {ROOT} && ({command}) >>{folder}/{self.name}.log 2>&1\n\t@touch $@\n")
+                f"\t@cd {ROOT} && git rev-parse --short HEAD >>{log}.commit 2>/dev/null || true\n"
+                f"\t@cd {ROOT} && ({command}) >>{log}.log 2>&1\n\t@touch $@\n")
 
 
 def jobs_of(name, row, args, folder):

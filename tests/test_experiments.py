@@ -64,6 +64,7 @@ def test_missing_jobs_run_once_in_order_and_resume(tmp_path, monkeypatch):
     first = runs.Job("a", "job.py", "--train", [], tmp_path / "a.pt")
     second = runs.Job("b", "job.py", "--measure", ["a"])
     assert call(second, first) == ["--train", "--measure"]
+    assert (tmp_path / "a.commit").read_text() == ""                # this folder has no history
     third = runs.Job("c", "job.py", "--train fail", [], tmp_path / "c.pt")
     with pytest.raises(SystemExit, match="failed"):
         call(first, third, runs.Job("d", "job.py", "--after", ["c"]))
@@ -159,6 +160,7 @@ def test_runs_and_analyses_become_the_published_tables(folder, tmp_path, monkeyp
     assert run["test.mean.loss"] == 0.5 and run["method"] == "lora"
     assert "rank" not in run and "test.text" not in run
     assert len(run.get("ranks", "1 1").split()) == 8 and "lora-seed1" in samples
+    assert "commit" not in run
     paths = [str(path) for path in sorted(folder.glob("*.pt"))]
     studies = "--study amplification subspace intruders --layers 0 --targets q --device cpu --out"
     analyze.main([*paths, *studies.split(), str(tmp_path)])
@@ -168,6 +170,18 @@ def test_runs_and_analyses_become_the_published_tables(folder, tmp_path, monkeyp
         columns = read_csv(f"{own}.csv")[0].keys()
         published = results.parse_csv(runs.ROOT / "experiments" / "results" / f"{stored}.csv")
         assert published[0].keys() <= columns, own
+
+
+def test_rows_of_other_runs_remain_in_a_table(tmp_path):
+    path = tmp_path / "a.csv"
+    results.write_csv([{"name": "x", "seed": "0", "loss": 1}, {"name": "x", "seed": None}], path)
+    new = [{"name": "x", "seed": "0", "loss": 2.0, "commit": ["827e313", "1234567"]},
+           {"name": "y", "seed": "0"}]
+    results.update_csv(new, path, ["name", "seed"], ["name"])
+    assert path.read_text() == "name,seed,loss,commit\nx,0,2,827e313 1234567\nx,,,\ny,0,,\n"
+    before = path.read_text()
+    results.update_csv(new[1:], path, ["name", "seed"])
+    assert path.read_text() == before
 
 
 def test_blocks_have_a_row_for_each_matrix():
