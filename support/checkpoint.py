@@ -43,7 +43,7 @@ def base_model(name):
 def base_matrices(name, device):
     """({module name: W} of a base model's nn.Linear layers, its fingerprint). A file that contains
     only some of these W has no fingerprint: None. Raises OSError or ValueError."""
-    saved = read(name) if Path(name).is_file() else {"": None}
+    saved = interop.read(Path(name)) if Path(name).is_file() else {"": None}
     if all(torch.is_tensor(t) and t.dim() == 2 for t in saved.values()):
         W = {key.removesuffix(".weight"): t.to(device).float() for key, t in saved.items()}
         return W, None

@@ -274,6 +274,8 @@ def test_a_git_lfs_pointer_is_not_the_file(folder, name):
     for path in ("pointer", f"pointer/{name}", "run.pt"):
         with pytest.raises(ValueError, match=rf"^{path}\S* is a Git LFS pointer: git lfs pull"):
             checkpoint.open_run(path)
+    with pytest.raises(ValueError, match="^run.pt is a Git LFS pointer"):
+        checkpoint.base_matrices("run.pt", "cpu")           # --base of analyze.py
 
 
 def test_an_adapter_of_another_kind_is_named_although_it_has_no_factors(folder):
