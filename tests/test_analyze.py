@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import zlib
 from argparse import Namespace
 from functools import lru_cache, reduce
 from pathlib import Path
@@ -17,8 +18,8 @@ from matplotlib.figure import Figure
 import analyze
 import lora
 import train
-from analyze import (effective_rank, gaussian_like, intruders, stable_rank, subspace_similarity,
-                     svd, top_share)
+from analyze import (effective_rank, gaussian, gaussian_like, intruders, stable_rank,
+                     subspace_similarity, svd, top_share)
 from conftest import close, random_gpt
 from model import GPT, GPTConfig, read
 from support import adapter_state, deltas, report
@@ -93,6 +94,11 @@ def test_the_null_is_gaussian_with_delta_ws_shape_and_norm_and_depends_on_the_na
         assert abs(null[2][:, 0] @ other[2][:, 0]) < 0.9
 
 
+def test_a_gaussian_is_the_same_in_every_process():
+    torch.manual_seed(zlib.crc32(b"lora-seed0 h.0.attn.q"))         # hash() would differ
+    assert torch.equal(gaussian(torch.zeros(2, 3), "lora-seed0 h.0.attn.q"), torch.randn(2, 3))
+
+
 @pytest.mark.parametrize("r, factors", [(4, [(30, 4), (4, 20)]), (20, [(30, 20)])])
 def test_the_spectrum_of_a_null_is_that_of_gaussian_factors_or_of_a_full_gaussian(r, factors):
     U = orthonormal(30, r, 1)
@@ -134,7 +140,8 @@ def test_a_rank_above_the_smaller_side_of_a_matrix():
                                             (math.inf, "is not finite")])
 def test_a_matrix_without_a_spectrum_is_refused(value, message):
     good = torch.ones(4, 1), torch.ones(1, 4)
-    bad = torch.full((4, 4), value)
+    bad = torch.zeros(4, 4)
+    bad[0, 0] = value                                   # one such value is enough
     for delta in (bad, (bad, bad)):
         with pytest.raises(ValueError, match=f"^a.pt: ΔW of v {message}: .*--targets or --layers$"):
             analyze.record(by_hand({"v": delta}), "v")
@@ -494,7 +501,7 @@ def test_more_than_two_blocks_are_compared_pairwise():
 
 
 def test_the_amplification_study_prints_the_norms_of_table_7(made, capsys):
-    found, _ = run(made, "lora-seed0.pt lora-seed1.pt --study amplification --layers 1")
+    found, figures = run(made, "lora-seed0.pt lora-seed1.pt --study amplification --layers 1")
     lines = capsys.readouterr().out.splitlines()[:-1]           # the last one contains a path
     assert max(map(len, lines)) <= 80
     assert set(pluck(found["records"], "layer")) == {1}
@@ -504,6 +511,10 @@ def test_the_amplification_study_prints_the_norms_of_table_7(made, capsys):
         assert text == f"{mean(pluck(found['records'], key)):.3g}"
     for i, c in enumerate(found["checkpoints"]):
         assert c["results"] == read(made / f"lora-seed{i}.pt")["after"]
+    seeds = pluck(select(found["records"], target="q"), "amplification")
+    panel, = [ax for ax in figures["amplification"].axes if ax.get_title() == "ΔW of q"]
+    band = panel.collections[0].get_paths()[0].vertices[:, 1]
+    assert [band.min(), band.max()] == pytest.approx(sorted(seeds)) and band.min() < band.max()
 
 
 def test_the_amplification_of_a_layer_is_the_mean_of_its_matrices():

@@ -218,8 +218,8 @@ def test_a_map_shows_i_to_the_right_and_j_upwards(figures):
 
 
 def test_the_figure_of_a_search_has_its_ranks_and_largest_selection_variables(figures):
-    q = torch.tensor([[0.5, 0.5], [1.0, 0.0]])                          # (steps, k)
-    v = torch.tensor([[0.25, 0.75], [0.125, 0.875]])
+    q = torch.tensor([[0.5, 0.25, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0]])    # (steps, k)
+    v = torch.tensor([[0.25, 0.75, 0.0, 0.0], [0.125, 0.875, 0.0, 0.0]])
     ranks = {"h.0.attn.q": 1, "h.0.attn.v": 3, "h.1.attn.v": 2, "h.2.attn.q": 4}
     report.search_figure("s", "title", ranks, [10, 20], torch.stack([q, v], 1))
     left, right = figures["s"].axes[:2]
@@ -232,7 +232,7 @@ def test_the_figure_of_a_search_has_its_ranks_and_largest_selection_variables(fi
     bottom, top = left.get_ylim()
     assert bottom > top and left.get_images()[0].origin == "upper"      # h.0 is at the top
     assert right.get_lines()[0].get_xdata().tolist() == [10, 20]
-    assert drawn(right) == [[0.5, 1], [0.75, 0.875], [0.5, 0.5]]        # the last line is 1/k
+    assert drawn(right) == [[0.5, 1], [0.75, 0.875], [0.25, 0.25]]      # the last line is 1/k
 
 
 def test_curves_begin_with_the_first_evaluation_and_end_with_the_last(figures):
