@@ -133,6 +133,7 @@ def test_cached_generation_equals_rerunning_the_whole_row(gpt, prompts):
 def test_generation_stops_at_the_stop_token_and_without_dropout(gpt):
     randomise(lora.inject(gpt, rank=4, dropout=0.9))
     free = gpt.eval().generate(PROMPTS, 20)
+    assert not gpt.training
     stop = free[0][3]
     ended = gpt.train().generate(PROMPTS, 20, stop=stop)
     assert ended == [r[:r.index(stop)] if stop in r else r for r in free]
