@@ -536,6 +536,7 @@ def error_of(argv, capsys):
     ("--data rows.csv", "rows.csv is none of these: a .jsonl file"),
     ("--method autolora --hypergrad exact --compile", "omit --compile"),
     ("--ranks_from a.pt --rank 3", "omit --rank and --targets"),
+    ("--ranks_from a.pt --targets q", "omit --rank and --targets"),
 ])
 def test_errors_are_one_line_that_says_what_to_do(argv, message, capsys):
     os.mkdir("d")
