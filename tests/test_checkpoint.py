@@ -156,7 +156,10 @@ def test_a_process_killed_while_writing_leaves_the_last_checkpoint_and_no_litter
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert len(os.listdir()) == len(before) + 2                 # the partial file, and the lock's
     assert read("a.pt")["step"] == 1
+    of_another_run = checkpoint.beside("b.pt", "1.part")
+    of_another_run.touch()
     train.main(["--resume", "a.pt"])
+    of_another_run.unlink()                             # it is still there
     assert same_run("a.pt", "whole.pt") and {*os.listdir()} == before
 
 
