@@ -18,6 +18,9 @@ update is α/k · a). The threshold is applied to the a of the forward pass (the
 pass over the training rows serves ω', the real step and, with the `forward` hypergradient, one end
 of the finite difference, so a step takes three passes instead of five.
 """
+from contextlib import contextmanager
+from functools import partial
+
 import torch
 import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -82,54 +85,53 @@ def search_gradients(train, valid, omega, beta, eta, hypergrad="forward",
     if hypergrad not in HYPERGRADIENTS:
         raise ValueError(f"hypergrad {hypergrad} is unknown: choose from "
                          f"{' '.join(HYPERGRADIENTS)}")
-    start = [w.data for w in omega]
-    try:
-        loss, g, g_beta = gradients(train, omega, beta, sum_over_processes)
-        move(omega, start, -eta, g)                             # ω' = ω − η ∇_ω L_tr(ω, β)
+    loss, g, g_beta = gradients(train, omega, beta, sum_over_processes)
+    with moved(omega, -eta, g):                                 # ω' = ω − η ∇_ω L_tr(ω, β)
         _, v, d_beta = gradients(valid, omega, beta, sum_over_processes)    # v, ∇_β L_val(ω', β)
-        if hypergrad != "first-order" and eta > 0:
-            restore(omega, start)
-            second = mixed_product(train, omega, start, beta, v, g_beta, hypergrad,
-                                   sum_over_processes)
-            d_beta = [a - eta * b for a, b in zip(d_beta, second)]          # dL_val/dβ
-    finally:
-        restore(omega, start)
+    if hypergrad != "first-order" and eta > 0:
+        second = mixed_product(train, omega, beta, v, g_beta, hypergrad, sum_over_processes)
+        d_beta = [a - eta * b for a, b in zip(d_beta, second)]              # dL_val/dβ
     for p, grad in zip([*omega, *beta], [*g, *d_beta]):
         p.grad = grad
     return loss
 
 
-def mixed_product(train, omega, start, beta, v, g_beta, hypergrad, sum_over_processes):
+def mixed_product(train, omega, beta, v, g_beta, hypergrad, sum_over_processes):
     """
-    ∇²_{βω} L_tr(ω, β) v for each tensor of `beta`, at ω = `start`. `g_beta` is ∇_β L_tr(ω, β).
+    ∇²_{βω} L_tr(ω, β) v for each tensor of `beta`. `g_beta` is ∇_β L_tr(ω, β).
 
     exact       differentiates twice, in the time of 4 to 6 passes for the whole step
     central     (∇_β L_tr(ω+εv) − ∇_β L_tr(ω−εv)) / 2ε, 4 passes, error O(ε²)
     forward     (∇_β L_tr(ω+εv) − ∇_β L_tr(ω)) / ε, 3 passes, error O(ε)
     """
     if hypergrad == "exact":
-        return mixed_derivative(train, omega, beta, v, sum_over_processes)
+        products = partial(inner_products, train, omega, v)
+        with sdpa_kernel(SDPBackend.MATH):      # the fused kernels cannot be differentiated twice
+            _, _, product = gradients(products, [], beta, sum_over_processes)
+        return product
     eps = 0.01 / nn.utils.get_total_norm(v).clamp(min=1e-30)    # as in DARTS (1806.09055)
     lower = g_beta
     width = eps
     if hypergrad == "central":
-        move(omega, start, -eps, v)
-        _, _, lower = gradients(train, [], beta, sum_over_processes)
+        with moved(omega, -eps, v):
+            _, _, lower = gradients(train, [], beta, sum_over_processes)
         width = 2 * eps
-    move(omega, start, eps, v)
-    _, _, upper = gradients(train, [], beta, sum_over_processes)
+    with moved(omega, eps, v):
+        _, _, upper = gradients(train, [], beta, sum_over_processes)
     return [(a - b) / width for a, b in zip(upper, lower)]
 
 
-def move(omega, start, step, direction):
-    """ω ← start + step · direction, in new tensors, so that those of start do not change."""
-    for w, w0, d in zip(omega, start, direction):
-        w.data = w0 + step * d
-
-
-def restore(omega, start):
-    for w, w0 in zip(omega, start):
-        w.data = w0
+@contextmanager
+def moved(omega, step, direction):
+    """In the block, ω is ω + step · direction. Afterwards it is exactly what it was."""
+    start = [w.data for w in omega]
+    try:
+        for w, d in zip(omega, direction):
+            w.data = w.data + step * d          # a new tensor: that of `start` does not change
+        yield
+    finally:
+        for w, w0 in zip(omega, start):
+            w.data = w0
 
 
 def gradients(losses, omega, beta, sum_over_processes):
@@ -145,14 +147,8 @@ def gradients(losses, omega, beta, sum_over_processes):
     return total, sums[:len(omega)], sums[len(omega):]
 
 
-def mixed_derivative(losses, omega, beta, v, sum_over_processes):
-    """∇_β ⟨∇_ω L, v⟩ = ∇²_{βω} L v, for each of `beta`."""
-    sums = list(map(torch.zeros_like, beta))
-    with sdpa_kernel(SDPBackend.MATH):          # the fused kernels cannot be differentiated twice
-        for loss in losses():
-            g = torch.autograd.grad(loss, omega, create_graph=True)
-            inner = sum((a * b).sum() for a, b in zip(g, v))
-            for t, grad in zip(sums, torch.autograd.grad(inner, beta)):
-                t += grad
-    sum_over_processes(sums)
-    return sums
+def inner_products(losses, omega, v):
+    """Yield ⟨∇_ω L, v⟩, whose gradient by β is ∇²_{βω} L v, for each part L of a loss."""
+    for loss in losses():
+        g = torch.autograd.grad(loss, omega, create_graph=True)
+        yield sum((a * b).sum() for a, b in zip(g, v))
