@@ -38,6 +38,7 @@ import math
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -127,11 +128,11 @@ def top_subspace_norm(W, r):
     return squares[-r:].sum().sqrt().item()
 
 
-def intruders(U, changed, epsilons, k=10):
-    """For each ε, the number of the first k left singular vectors of `changed`, W + ΔW, whose
+def intruders(U, changed, epsilons):
+    """For each ε, the number of the first ten left singular vectors of `changed`, W + ΔW, whose
     cosines with the left singular vectors U of W are all below ε."""
     _, new = torch.linalg.eigh(changed @ changed.T)         # in increasing order
-    best = (U.T @ new[:, -k:]).abs().amax(0)
+    best = (U.T @ new[:, -10:]).abs().amax(0)
     return [(best < e).sum().item() for e in epsilons]
 
 
@@ -141,7 +142,7 @@ def gaussian(t, name):
     return torch.randn(t.shape, generator=generator).to(t)
 
 
-def gaussian_like(U, S, V, name=""):
+def gaussian_like(U, S, V, name):
     """
     The null of ΔW = U diag(S) Vᵀ: U, S, V of a Gaussian ΔW of the same shape, rank r and norm. It
     is the product of Gaussian factors, or for a rank above half of the full one, the first r
@@ -599,12 +600,10 @@ def print_left_out(checkpoints, needs, base):
 
 def delete_earlier_figures(out):
     """Delete an earlier analysis in this folder: its numbers and the figures that they list."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):    # none, or of an earlier version
         for name in json.loads((out / "analysis.json").read_text())["figures"]:
             (out / Path(name).name).unlink(missing_ok=True)
         (out / "analysis.json").unlink()
-    except (OSError, ValueError, KeyError, TypeError):
-        return                                  # there was none, or one of an earlier version
 
 
 def parse(argv=None):

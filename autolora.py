@@ -31,7 +31,7 @@ GATES = ("softmax", "sigmoid", "none")              # the paper's, and its two a
 HYPERGRADIENTS = ("exact", "central", "forward", "first-order")
 
 
-def selection(beta, gate="softmax"):
+def selection(beta, gate):
     """a (..., k), the selection variables of β (..., k)."""
     if gate == "softmax":
         return beta.softmax(-1)

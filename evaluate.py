@@ -107,9 +107,9 @@ def export(model, settings, path):
         interop.write_peft(adapter_state.state_dict(model), settings.model, Path(path))
         print(f"{path} contains the adapter in peft's format: PeftModel.from_pretrained reads it")
         return
-    for name, m in lora.adapters(model).items():
+    for m in lora.adapters(model).values():
         m.base.weight.data = m.weight.detach()
-        model.set_submodule(name, m.base)
+    lora.remove(model)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write(model.hf_state_dict(), path)
     config = model.config

@@ -231,7 +231,7 @@ HF_NAMES = {"attn.c_attn": ("attn.q", "attn.k", "attn.v"), "attn.c_proj": ("attn
             "mlp.c_fc": ("mlp.up",), "mlp.c_proj": ("mlp.down",)}
 
 
-def from_hf_layout(saved, n_head=None):
+def from_hf_layout(saved, n_head):
     """(config, state dict) of a state dict in the Hugging Face layout. Raises KeyError or
     ValueError."""
     masks = (".attn.bias", ".attn.masked_bias")             # buffers that old versions stored

@@ -35,7 +35,7 @@ class MultiLoRALinear(lora.LoRALinear):
 
     def __init__(self, base, rank, n_blocks=4, scaling="scalar", dropout=0.0):
         super().__init__(base, rank, dropout=dropout)
-        if not 1 <= n_blocks <= rank or rank % n_blocks:
+        if n_blocks < 1 or rank % n_blocks:
             divisors = " ".join(str(n) for n in range(1, rank + 1) if rank % n == 0)
             raise ValueError(f"n_blocks {n_blocks} does not divide rank {rank}: choose n_blocks "
                              f"from {divisors}, or another rank")

@@ -184,7 +184,7 @@ class Run:
         self.before = None
         self.after = None
         self.samples = []
-        self.history = {"loss": [], "norm": [], "valid": [], "beta": [], "ranks": {}}
+        self.history = {"loss": [], "norm": [], "valid": [], "beta": []}
         if settings.method == "autolora":
             self.phase = "search"
             parts = data.split_for_search(self.tasks, settings.search_split, settings.seed)
@@ -226,7 +226,6 @@ class Run:
         self.inject_adapter(ranks, METHODS["lora"])
         self.phase = "train"
         self.step = 0
-        self.history["ranks"] = ranks
         self.make_optimizer()
         self.save()
 
@@ -282,11 +281,11 @@ class Run:
         sys.exit(text if distributed.is_main_process() else 1)
 
     def stop_if_any(self, signals):
-        """Raise Interrupted in all processes if one of them received a signal."""
+        """Raise KeyboardInterrupt in all processes if one of them received a signal."""
         received = torch.tensor(float(max(signals, default=0)), device=self.device)
         distributed.all_reduce_sum([received])
         if received > 0:
-            raise cli.Interrupted(max(signals, default=signal.SIGTERM))
+            raise KeyboardInterrupt(max(signals, default=signal.SIGTERM))
 
     def save(self):
         """Write the checkpoint."""
@@ -324,7 +323,7 @@ def print_plan(run):
     if s.ranks_from:
         flags = [f"ranks from {s.ranks_from}, alpha {s.alpha}"]
     print0(f"model    {s.model}, {run.size / 1e6:.2f} M parameters, on {run.device} in {s.dtype}")
-    method = f"method   {': '.join(filter(None, [s.method, ', '.join(flags)]))}"
+    method = f"method   {', '.join([s.method, *flags])}"
     print0(textwrap.fill(method, 79, subsequent_indent=" " * 9))
     print0(f"trains   {run.parameters:,} parameters, {100 * run.parameters / run.size:.2f} %")
     for t in run.tasks:
@@ -449,8 +448,8 @@ def opened(settings, explicit_flags):
             yield Run(settings, saved)
         return
     run = Run(settings)
-    with checkpoint.reserved(settings.out, settings.method) as path:
-        settings.out = path
+    settings.out = checkpoint.reserve(settings.out, settings.method)
+    with checkpoint.locked(settings.out):
         run.save()                              # so that a run killed early can be resumed
         yield run
 
@@ -464,11 +463,11 @@ def main(argv=None):
             try:
                 print_plan(run)
                 train(run)
-            except KeyboardInterrupt as e:
+            except KeyboardInterrupt:
                 run.save()
                 out = shlex.quote(str(run.settings.out))
                 print0(f"\nsaved; to continue: {COMMANDS['train']} --resume {out}")
-                sys.exit(getattr(e, "status", 130))
+                raise
     if distributed.is_main_process():
         print_results(run)
     return run.after

@@ -76,8 +76,7 @@ def state_dict(model, base=None):
         tensors[name] = {key: t.detach().cpu().clone() for key, t in own_tensors(m).items()}
         scale[name] = scale_of(m)
         kinds.append((type(m).__name__, settings_of(m)))
-        Bs, A = m.factors()
-        if not torch.equal(Bs, m.B * m.scale()) or not torch.equal(A, m.A):
+        if type(m).factors is not LoRALinear.factors:
             raise ValueError(f"{name}: its class overrides factors(), which a state cannot contain")
         if kinds[-1] != kinds[0]:
             raise ValueError(f"{name} has another class or other settings than the first adapter; "
@@ -103,19 +102,17 @@ def load_state_dict(model, state, layer=None):
     ranks = {name: len(own.get("A", ())) for name, own in state["tensors"].items()}
     trainable = [p for p in inner.parameters() if p.requires_grad]
     old = lora.adapters(inner)
-    lora.remove(inner)
-    try:
-        lora.inject(inner, None, ranks, layer)
-        new = lora.adapters(inner)
-        for name, m in new.items():
-            fill(m, state["tensors"][name], state["scale"].get(name), name)
-    except Exception:
-        lora.remove(inner)
-        for name, m in old.items():
-            inner.set_submodule(name, m)
-        for p in trainable:
-            p.requires_grad_(True)
-        raise
+    with lora.disabled(inner):                  # the old adapters come back if loading fails
+        try:
+            lora.inject(inner, None, ranks, layer)
+            new = lora.adapters(inner)
+            for name, m in new.items():
+                fill(m, state["tensors"][name], state["scale"].get(name), name)
+        except Exception:
+            lora.remove(inner)
+            for p in trainable:
+                p.requires_grad_(True)
+            raise
     for name in old.keys() & new.keys():
         keep_parameters(old[name], new[name])
     for p in trainable if old else []:          # what the caller has unfrozen stays trainable

@@ -5,7 +5,7 @@ Checkpoints of train.py: what a file holds, and the way back from a file to a mo
     phase, step         "search" or "train", and how many of its steps are done
     parameters          how many parameters are trained
     base, checksums     the fingerprint of the base model, and a checksum of each task's rows
-    history             loss and gradient norm of every step; at intervals valid and beta; ranks
+    history             loss and gradient norm of every step; at intervals valid and beta
     before, after       the results of evaluate.py; `after` and `samples` only once a run has ended
     adapter             adapter_state.state_dict; full fine-tuning has `model`, its state dict, and
                         `config` instead
@@ -13,7 +13,6 @@ Checkpoints of train.py: what a file holds, and the way back from a file to a mo
 """
 import hashlib
 import os
-import secrets
 from argparse import Namespace
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -141,29 +140,15 @@ def read_ranks(path, base):
     return {name: len(own["A"]) for name, own in adapter["tensors"].items()}
 
 
-@contextmanager
-def reserved(path, method):
+def reserve(path, method):
     """
     Create `path`, or the first free out/METHOD.pt, as an empty file, so that no other run uses it,
-    and lock it. If nothing has been written into it by the end of the block, it is removed. Raises
-    ValueError if the file exists and is not empty.
+    and return it. Raises ValueError if the file exists and is not empty.
     """
     if not distributed.is_main_process():
-        yield path
-        return
-    path = create_empty(path, method)
-    with locked(path):
-        try:
-            yield path
-        finally:
-            with suppress(FileNotFoundError):
-                if os.path.getsize(path) == 0:
-                    os.unlink(path)
-
-
-def create_empty(path, method):
+        return path
     if path and os.path.isfile(path) and os.path.getsize(path) == 0:
-        return path             # left by a run that was killed before it saved
+        return path             # of a run that ended before it could save
     free = [f"out/{method}.pt", *[f"out/{method}-{n}.pt" for n in range(2, 10_000)]]
     for name in [path] if path else free:
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
@@ -176,10 +161,10 @@ def create_empty(path, method):
 def locked(path):
     """In the block, no other run can write this checkpoint. Raises OSError if another run does, or
     if there is no such file."""
-    os.stat(path)
     if fcntl is None or os.environ.get("RANK", "0") != "0":     # torchrun's others do not write
         yield
         return
+    os.stat(path)
     lock = beside(path, "lock")
     with open(lock, "w") as f:
         try:
@@ -190,8 +175,6 @@ def locked(path):
             raise OSError(f"{path} is in use by another run, which has to end first") from None
         except OSError:
             pass                                                # a file system without locks
-        for part in lock.parent.glob(beside(path, "*.part").name):
-            part.unlink()                       # left by a process that was killed while writing
         try:
             yield
         finally:
@@ -209,10 +192,10 @@ def write(saved, path):
     """torch.save in the main process that leaves either the old file or the complete new one."""
     if not distributed.is_main_process():
         return
-    part = beside(path, f"{secrets.token_hex(6)}.part")
+    part = beside(path, "part")
     part.parent.mkdir(parents=True, exist_ok=True)      # it may have been moved during the run
     try:
-        with open(part, "xb") as f:
+        with open(part, "wb") as f:     # a killed process may have left one
             torch.save(saved, f)
             f.flush()
             os.fsync(f.fileno())

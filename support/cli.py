@@ -49,16 +49,9 @@ def one_line_errors(*kinds):
         sys.exit(2)
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGINT (Ctrl-C) or SIGTERM, which batch schedulers send before they kill a job."""
-
-    def __init__(self, number=signal.SIGINT):
-        super().__init__(number)
-        self.status = 128 + number              # the exit status that shells expect
-
-
 def interrupt(number, frame):
-    raise Interrupted(number)
+    """Treat SIGTERM, which batch schedulers send before they kill a job, like Ctrl-C."""
+    raise KeyboardInterrupt(number)
 
 
 @contextmanager
@@ -118,7 +111,8 @@ def run_main(main):
         main()
         sys.stdout.flush()
     except KeyboardInterrupt as e:
-        sys.exit(getattr(e, "status", 130))
+        number = e.args[0] if e.args else signal.SIGINT     # Python's own has no number
+        sys.exit(128 + number)                  # the exit status that shells expect
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

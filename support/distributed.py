@@ -12,15 +12,12 @@ import torch.distributed as dist
 
 def pick_device(name=None):
     """
-    The torch.device called `name`; without a name, the first available of cuda, mps and cpu.
+    The torch.device called `name`; without a name, the accelerator that torch finds, or the CPU.
     Raises ValueError if a tensor cannot be created on that device.
     """
     if name is None:
-        name = "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available():
-            name = "mps"
+        available = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if available else "cpu"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as e:

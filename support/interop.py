@@ -23,8 +23,10 @@ IN_GPT2 = re.compile(rf"(?:transformer\.)?(h\.\d+)\.({'|'.join(model.HF_NAMES)})
 UNSUPPORTED = ("use_dora use_qalora use_bdlora kasa_config lora_bias layer_replication "
                "target_parameters alora_invocation_tokens arrow_config").split()
 CHANGES_W = ("pissa", "olora", "corda", "loftq", "lora_ga")     # initialisations that change W
-SETTINGS = {"method": "lora", "scratch": False, "seed": None, "data": None, "ranks_from": None,
-            "dtype": "fp32", "eval_rows": 200, "batch_size": 8, "block_size": 1024}
+METHODS = {"MultiLoRALinear": "multilora", "AutoLoRALinear": "autolora"}
+SETTINGS = {"model": None, "method": "lora", "scratch": False, "seed": None, "data": None,
+            "ranks_from": None, "dtype": "fp32", "eval_rows": 200, "batch_size": 8,
+            "block_size": 1024}
 RUN = {"history": {"loss": [], "valid": [], "beta": []}, "phase": "train", "step": None,
        "before": None, "after": None}
 
@@ -57,8 +59,9 @@ def to_run(saved, path, alpha=None):
     The content of such a file in the form of a checkpoint; scales are None if α is unknown. Raises
     OSError or ValueError if the file is not a complete LoRA adapter.
     """
-    if {"layer", "settings", "tensors", "scale", "base"} <= saved.keys():
-        return state_to_run(saved)
+    if {"layer", "settings", "tensors", "scale", "base"} <= saved.keys():   # saved by hand
+        method = METHODS.get(saved["layer"], "lora")                        # a user's own class
+        return run_of(saved, saved["tensors"], saved["settings"] | {"method": method})
     file = (path if path.is_dir() else path.parent) / "adapter_config.json"
     config = {"lora_alpha": alpha}
     if path.is_dir() or path.stem == "adapter_model":
@@ -67,21 +70,26 @@ def to_run(saved, path, alpha=None):
     pairs, ignored, from_peft = find_pairs(saved, path)
     if from_peft and config.get("lora_alpha") is None and file.exists():
         config = read_peft_config(file)
-    size = 0
-    ranks = {}
     tensors = {}
     scale = {}
     for layer, pair in pairs.items():
-        size += sum(map(torch.numel, pair.values()))
         for name, A, B in split_fused(layer, pair, path):
             tensors[name] = {"A": A.float(), "B": B.float()}
             scale[name] = lora_scale(layer, len(A), config)
-            ranks[name] = len(A)
     adapter = {"layer": "LoRALinear", "base": None, "tensors": tensors, "scale": scale}
     base = (config.get("base_model_name_or_path") or "").removeprefix("openai-community/")
-    settings = {"model": base or None, "rank": ranks, "scale": scale}
-    return RUN | {"settings": SETTINGS | settings, "adapter": adapter, "base": None,
-                  "ignored": ignored, "parameters": size}
+    settings = {"model": base or None, "scale": scale}
+    return run_of(adapter, pairs, settings) | {"ignored": ignored}
+
+
+def run_of(adapter, stored, settings):
+    """A checkpoint with this adapter. `stored` are its tensors as they are in the file."""
+    size = 0
+    for own in stored.values():
+        size += sum(map(torch.numel, own.values()))
+    ranks = {name: len(own["A"]) for name, own in adapter["tensors"].items()}
+    return RUN | {"settings": SETTINGS | settings | {"rank": ranks}, "adapter": adapter,
+                  "base": adapter["base"], "parameters": size}
 
 
 def find_pairs(saved, path):
@@ -106,20 +114,6 @@ def find_pairs(saved, path):
         raise ValueError(f"{path} is neither a checkpoint of train.py nor an adapter of peft or "
                          "loralib")
     return pairs, ignored, from_peft
-
-
-def state_to_run(adapter):
-    """The same for a state of adapter_state.state_dict that was saved by hand."""
-    size = 0
-    for own in adapter["tensors"].values():
-        size += sum(t.numel() for t in own.values())
-    method = adapter["layer"].removesuffix("Linear").lower()
-    if adapter["layer"] not in adapter_state.LAYERS:            # a user's own class
-        method = "lora"
-    ranks = {name: len(own["A"]) for name, own in adapter["tensors"].items()}
-    settings = adapter["settings"] | {"model": None, "method": method, "rank": ranks}
-    return RUN | {"settings": SETTINGS | settings, "adapter": adapter, "base": adapter["base"],
-                  "parameters": size}
 
 
 def read_peft_config(path):

@@ -177,7 +177,7 @@ def figure(path, title, lines, styles, size=(3.2, 2.6), band=True, share=True, *
         grid[0, 0].plot([], [], color=GREY, linestyle=":", label="dotted: Gaussian ΔW")
     for ax in grid.flat[len(panels):]:
         ax.axis("off")
-    for ax in grid.flat[max(0, len(panels) - width):len(panels)]:       # the last in each column
+    for ax in grid.flat[len(panels) - width:len(panels)]:               # the last in each column
         ax.tick_params(labelbottom=True)
         ax.set_xlabel(options.get("xlabel", ""))
     longest = max(18, *map(len, pluck(lines, "checkpoint")))
@@ -188,16 +188,13 @@ def figure(path, title, lines, styles, size=(3.2, 2.6), band=True, share=True, *
 def line_styles(checkpoints):
     """{checkpoint: keyword arguments of plot}, the same in all figures of an analysis. A method has
     a colour and a marker; its checkpoints differ in lightness and dash."""
-    names = {}
-    for c in checkpoints:
-        same_method = names.setdefault(c.identity["method"], [])
-        if c.identity["checkpoint"] not in same_method:
-            same_method.append(c.identity["checkpoint"])
+    identities = [c.identity for c in checkpoints]
     styles = {}
-    for method, same_method in names.items():
+    for method in COLORS:
         color = np.array(matplotlib.colors.to_rgb(COLORS[method]))
-        for i, name in enumerate(same_method):
-            lightness = 0.65 * i / len(same_method)
+        names = dict.fromkeys(pluck(select(identities, method=method), "checkpoint"))
+        for i, name in enumerate(names):
+            lightness = 0.65 * i / len(names)
             styles[name] = {"color": tuple(color + (1 - color) * lightness),
                             "marker": MARKERS[method], "linestyle": DASHES[i % len(DASHES)]}
     return styles
