@@ -17,43 +17,33 @@ from support import adapter_state, checkpoint, cli, data, distributed, interop
 
 
 @torch.no_grad()
-def evaluate(model, tasks, tok, settings, device, generate=False):
+def evaluate(model, tasks, settings, device):
     """
     {task: {"loss": nats per token of its held-out completions, "exact": share of the completions
-    that greedy decoding reproduces exactly}}. "exact" needs `generate`, and plain text has none.
-    The processes share the work.
+    that greedy decoding reproduces exactly}}. Plain text has no "exact". The processes share the
+    work. Decoding reproduces a completion exactly if each of its tokens, given those before it, is
+    the most likely one, so one pass tells both and nothing has to be generated.
     """
     was_training = model.training
     model.eval()
     results = {}
     for task in tasks:
-        exact = generate and not task.text
         sums = torch.zeros(3, device=device)                    # loss, its tokens, exact matches
-        batches = list(data.batches(task.valid, settings.batch_size, model.config.block_size))
-        for rows in distributed.share(batches):
+        for rows in distributed.share(data.batches(task.valid, settings.batch_size)):
+            idx, targets = data.collate(rows, device)
             with distributed.autocast(settings.dtype, device):
-                idx, targets = data.collate(rows, device)
-                loss = model(idx, targets)[1].item()
-                matches = count_exact(model, rows, tok) if exact else 0
+                logits, loss = model(idx, targets)
+            wrong = (logits.argmax(-1) != targets) & (targets != -100)                  # (B, T)
+            matches = len(rows) - wrong.any(1).sum().item()
             tokens = sum(row.n_target_tokens for row in rows)
-            sums += torch.tensor([loss * tokens, tokens, matches], device=device)
+            sums += torch.tensor([loss.item() * tokens, tokens, matches], device=device)
         distributed.all_reduce_sum([sums])
         loss, tokens, matches = sums.tolist()
         results[task.name] = {"loss": loss / tokens}
-        if exact:
+        if not task.text:
             results[task.name]["exact"] = matches / len(task.valid)
     model.train(was_training)
     return results
-
-
-def count_exact(model, rows, tok):
-    """How many rows' completions greedy decoding reproduces exactly."""
-    longest = max(row.n_target_tokens for row in rows)
-    prompts = [row.ids[:row.prompt_len] for row in rows]
-    matches = 0
-    for new, row in zip(model.generate(prompts, longest, tok.eot_token), rows):
-        matches += new == row.ids[row.prompt_len:-1]
-    return matches
 
 
 def completions(model, prompts, tok, settings, device):
@@ -172,9 +162,9 @@ def main(argv=None):
         print_changed(tasks, saved.get("checksums") or {})
         if args.eval_rows:
             tasks = data.load(settings.data, tok, block_size, args.eval_rows)
-        before = evaluate(model, tasks, tok, settings, device, generate=True)
+        before = evaluate(model, tasks, settings, device)
         checkpoint.restore(saved, model)
-        after = evaluate(model, tasks, tok, settings, device, generate=True)
+        after = evaluate(model, tasks, settings, device)
         samples = completions(model, first_prompts(tasks), tok, settings, device)
         print(results_table(tasks, before, after), "", *samples, sep="\n")
         return after

@@ -65,14 +65,14 @@ def train(run):
     """Bring a run from its present state to its end."""
     if run.before is None:
         print0("evaluating the held-out rows ...")
-        run.before = run.evaluate_held_out(generate=True)
+        run.before = run.evaluate_held_out()
     if run.phase == "search":
         loop(run, search_gradients, run.settings.search_steps)
         with cli.deferred_signals() as signals:
             run.start_training(autolora.ranks(run.model))
         run.stop_if_any(signals)
     loop(run, training_gradients, run.settings.steps)
-    after = run.evaluate_held_out(generate=True)
+    after = run.evaluate_held_out()
     prompts = first_prompts(run.tasks)
     run.samples = completions(run.model, prompts, run.tok, run.settings, run.device)
     with cli.deferred_signals():                # the run has ended, so a signal changes nothing
@@ -141,18 +141,12 @@ def loss_parts(run, row, step):
     batch = [row(i) for i in range(step * settings.batch_size, (step + 1) * settings.batch_size)]
     run.tokens += sum(len(r.ids) - 1 for r in batch)
     batch_tokens = sum(r.n_target_tokens for r in batch)
-    for rows in micro_batches(batch, settings.grad_accum):
+    own = distributed.share(batch)
+    for rows in data.batches(own, len(own) // settings.grad_accum):
         idx, targets = data.collate(rows, run.device)
         with distributed.autocast(settings.dtype, run.device):
             loss = run.net(idx, targets, settings.label_smoothing)[1]
         yield loss * sum(r.n_target_tokens for r in rows) / batch_tokens
-
-
-def micro_batches(batch, parts):
-    """This process's rows in `parts` parts of equal size, sorted by length to save padding."""
-    rows = sorted(distributed.share(batch), key=lambda r: len(r.ids))
-    size = len(rows) // parts
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
 def schedule(step, steps, warmup):
@@ -256,8 +250,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, settings.lr, (0.9, settings.beta2), fused=True)
         self.net = torch.compile(self.model) if settings.compile else self.model
 
-    def evaluate_held_out(self, generate=False):
-        results = evaluate(self.model, self.tasks, self.tok, self.settings, self.device, generate)
+    def evaluate_held_out(self):
+        results = evaluate(self.model, self.tasks, self.settings, self.device)
         if not math.isfinite(sum(r["loss"] for r in results.values())):
             self.stop_diverged(f"the held-out losses are {results}")
         return results

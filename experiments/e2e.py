@@ -165,7 +165,7 @@ def score(args):
     def loss(name, block_size):
         task, = data.load([str(name)], tok, block_size, eval_rows=1_000_000)
         task.valid = every_nth(task.valid, 400)
-        return evaluate(model, [task], tok, settings, device)[task.name]["loss"]
+        return evaluate(model, [task], settings, device)[task.name]["loss"]
 
     found = {"valid_loss": loss(args.data, settings.block_size)}
     if not math.isfinite(found["valid_loss"]):

@@ -50,8 +50,8 @@ class Measured:
         self.model = checkpoint.start_model(self.settings, self.device)
         self.tok = data.tokenizer(self.model.config.vocab_size)
 
-    def evaluate(self, tasks, generate=False):
-        return evaluate(self.model, tasks, self.tok, self.settings, self.device, generate)
+    def evaluate(self, tasks):
+        return evaluate(self.model, tasks, self.settings, self.device)
 
     def loss(self, names, rows, block_size=None):
         """The mean loss over tasks, on `rows` validation rows of each."""
@@ -65,7 +65,7 @@ class Measured:
         for name in names:
             rows = [data.encode(self.tok, *row) for row in test_rows(name)]
             tasks.append(data.Task(name, [], rows))
-        found = self.evaluate(tasks, generate=True)
+        found = self.evaluate(tasks)
         row = {}
         for measure in ("loss", "exact"):
             row[f"mean.{measure}"] = mean(r[measure] for r in found.values())

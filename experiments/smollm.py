@@ -82,13 +82,19 @@ class SmolLM(nn.Module):
         self.config.n_embd = self.config.hidden_size
 
     def forward(self, idx, targets=None, label_smoothing=0.0):
-        """(logits, loss); with targets, the logits of the tokens that count, which saves time."""
+        """(logits, loss). With targets, only the logits of the tokens that count are computed, which
+        saves time; the others are zero, and in training left out."""
         x = self.lm.model(idx, use_cache=False).last_hidden_state
         if targets is None:
             return self.lm.lm_head(x), None
         counts = targets != -100
         logits = self.lm.lm_head(x[counts]).float()
-        return logits, F.cross_entropy(logits, targets[counts], label_smoothing=label_smoothing)
+        loss = F.cross_entropy(logits, targets[counts], label_smoothing=label_smoothing)
+        if not self.training:
+            counted = logits
+            logits = counted.new_zeros(*targets.shape, counted.size(-1))            # (B, T, V)
+            logits[counts] = counted
+        return logits, loss
 
     def generate(self, prompts, max_new_tokens, stop=None, **options):
         """As GPT.generate: lists of new ids, each cut before its first `stop`; greedy by default"""

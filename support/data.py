@@ -253,15 +253,7 @@ def collate(rows, device="cpu"):
     return torch.from_numpy(idx).to(device), torch.from_numpy(targets).to(device)
 
 
-def batches(rows, size, block_size):
-    """Batches of rows of similar length, whose longest prompt and longest completion fit a block
-    together, so that all completions can be generated at once."""
-    batch = []
-    for row in sorted(rows, key=lambda row: len(row.ids)):
-        prompt_len = max(r.prompt_len for r in [*batch, row])
-        n_target_tokens = max(r.n_target_tokens for r in [*batch, row])
-        if batch and (len(batch) == size or prompt_len + n_target_tokens > block_size + 1):
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
+def batches(rows, size):
+    """The rows in batches of rows of similar length, which saves padding."""
+    rows = sorted(rows, key=lambda row: len(row.ids))
+    return [rows[i:i + size] for i in range(0, len(rows), size)]

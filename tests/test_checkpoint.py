@@ -305,9 +305,9 @@ def test_a_folder_that_was_removed_during_the_run_is_made_again():
     with pytest.MonkeyPatch.context() as m:
         evaluate_held_out = train.Run.evaluate_held_out
 
-        def remove_folder(run, **options):
+        def remove_folder(run):
             shutil.rmtree("folder", ignore_errors=True)
-            return evaluate_held_out(run, **options)
+            return evaluate_held_out(run)
 
         m.setattr(train.Run, "evaluate_held_out", remove_folder)
         train.main(argv)

@@ -11,7 +11,7 @@ import torch
 import train
 from conftest import ROOT
 from model import read
-from support import data, distributed
+from support import distributed
 from test_train import near, same_run, signal_after, tensors
 
 ARGV = """--method autolora --rank 4 --data infer --eval_rows 20 --batch_size 8 --device cpu
@@ -54,7 +54,7 @@ def in_each_process():
     torch.distributed.barrier()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if index == 0:
-        data.batches = ctrl_c
+        train.evaluate = ctrl_c
     train.main(["--resume", "a.pt"])
 
 

@@ -32,7 +32,7 @@ def test_evaluate_counts_tokens_and_exact_matches(batch_size):
         rows.append(data.Row([*ids, *new, 65, TOK.eot_token], len(ids)))
         rows.append(data.Row([*ids, *new[:-1], TOK.eot_token], len(ids)))   # the model continues
     tasks = [Task("t", [], rows), Task("text", [], rows, text=True)]
-    got = evaluate.evaluate(model, tasks, TOK, settings, CPU, generate=True)
+    got = evaluate.evaluate(model, tasks, settings, CPU)
     tokens = [len(row.ids) - row.prompt_len for row in rows]
     losses = [model(*data.collate([row]))[1].item() for row in rows]
     mean = sum(n * loss for n, loss in zip(tokens, losses)) / sum(tokens)
@@ -90,7 +90,7 @@ def test_other_tasks_and_a_moved_base_with_an_unfinished_search(monkeypatch, cap
     tasks = data.load(["other.jsonl"], TOK, 64, 2)
     losses = []
     for model in (GPT.from_pretrained("base.pt"), adapted("a.pt")):
-        losses.append(evaluate.evaluate(model, tasks, TOK, FP32, CPU)["other.jsonl"]["loss"])
+        losses.append(evaluate.evaluate(model, tasks, FP32, CPU)["other.jsonl"]["loss"])
     before, after = losses
     os.rename("base.pt", "moved.pt")
     argv = ["a.pt", "--base", "moved.pt", *ON_CPU, *"--data other.jsonl --eval_rows 2".split()]

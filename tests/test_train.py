@@ -21,6 +21,7 @@ import lora
 import train
 from autolora import AutoLoRALinear
 from conftest import ROOT, TINY, random_gpt, randomise, same
+from evaluate import completions
 from model import GPT, GPTConfig, read
 from multilora import MultiLoRALinear
 from support import adapter_state, checkpoint, cli, data, distributed
@@ -235,6 +236,7 @@ def test_activations_are_bf16_with_bf16_in_training_evaluation_and_generation(me
         run = new_run(flags(method, f"--dtype {dtype} --batch_size 2 --eval_rows 2 --steps 1"))
         run.model.h[1].mlp.down.register_forward_hook(note)
         train.train(run)
+        completions(run.model, [[97]], run.tok, run.settings, run.device)       # of one token
         assert seen == {(True, False, want), (False, False, want), (False, True, want)}
         assert all(math.isfinite(x) for x in run.history["loss"])
 
@@ -419,13 +421,13 @@ def exit_status(argv):
 
 
 @pytest.mark.parametrize("number, kind, owner, name, call, step", [
-    (signal.SIGINT, "lora", GPT, "generate", 1, 0),                 # in the first evaluation
-    (signal.SIGTERM, "lora", GPT, "generate", 1, 0),
+    (signal.SIGINT, "lora", train, "evaluate", 1, 0),               # in the first evaluation
+    (signal.SIGTERM, "lora", train, "evaluate", 1, 0),
     (signal.SIGINT, "full", torch.optim.AdamW, "step", 2, 2),       # before run.step is set
     (signal.SIGTERM, "autolora", torch.optim.AdamW, "step", 3, 3),  # the same in a search
     (signal.SIGINT, "autolora", lora, "inject", 2, 0),      # between the search and its training
     (signal.SIGTERM, "multilora", torch, "save", 3, 2),     # while a checkpoint is written
-    (signal.SIGINT, "lora", data, "batches", 3, 2),         # in the evaluation after step 2
+    (signal.SIGINT, "lora", train, "evaluate", 3, 2),       # in the evaluation after step 2
     (signal.SIGTERM, "lora", train, "completions", 1, 3),   # after the last evaluation
 ])
 def test_a_signal_saves_the_run_and_prints_how_to_resume_it(
