@@ -19,9 +19,9 @@ import argparse
 import csv
 from dataclasses import dataclass
 from itertools import combinations
-from math import inf, log, log2, sqrt
+from math import inf, log, log2
 from pathlib import Path
-from statistics import StatisticsError, correlation, mean, stdev
+from statistics import StatisticsError, correlation, mean
 
 from scipy import stats
 
@@ -99,18 +99,21 @@ class Test:
 # The rule ----------------------------------------------------------------------------------------
 
 def judge(kind, comparison):
-    """{"n": number of units, "effect": ..., "low": ..., "high": ..., "p": ..., "verdict": ...}"""
+    """
+    {"n": number of units, "effect": ..., "low": ..., "high": ..., "p": ..., "verdict": ...}. p is
+    two-sided: of an effect of 0, for "no worse" of −δ, for "equal" of the nearer of ±δ.
+    """
     effects = comparison.effects()
-    n = len(effects)
-    effect = mean(effects) if n else 0.0
-    half = inf
-    if n > 1:
-        half = float(stats.t.ppf(0.975, n - 1)) * stdev(effects) / sqrt(n)
-    verdict = "not run yet"
-    if n:
-        verdict = verdict_of(kind, effect - half, effect + half, comparison.delta)
-    return {"n": n, "effect": effect, "low": effect - half, "high": effect + half,
-            "p": p_value(kind, effects, comparison.delta), "verdict": verdict}
+    delta = comparison.delta
+    effect = mean(effects) if effects else 0.0
+    low, high, p = -inf, inf, 1.0
+    if len(effects) > 1:
+        low, high = map(float, stats.ttest_1samp(effects, 0).confidence_interval(0.95))
+        limits = {"better": [0], "no worse": [-delta], "equal": [-delta, delta]}[kind]
+        p = max(float(stats.ttest_1samp(effects, limit).pvalue) for limit in limits)
+    verdict = verdict_of(kind, low, high, delta) if effects else "not run yet"
+    return {"n": len(effects), "effect": effect, "low": low, "high": high, "p": p,
+            "verdict": verdict}
 
 
 def verdict_of(kind, low, high, delta):
@@ -126,22 +129,6 @@ def verdict_of(kind, low, high, delta):
     if supported:
         return "supported"
     return "contradicted" if contradicted else "inconclusive"
-
-
-def p_value(kind, effects, delta):
-    """Two-sided: of an effect of 0, for "no worse" of −δ, for "equal" of the nearer of ±δ."""
-    n = len(effects)
-    if n < 2:
-        return 1.0
-    error = stdev(effects) / sqrt(n)
-    found = []
-    for limit in {"better": [0], "no worse": [-delta], "equal": [-delta, delta]}[kind]:
-        distance = abs(mean(effects) - limit)
-        if error > 0:
-            found.append(2 * float(stats.t.sf(distance / error, n - 1)))
-        else:
-            found.append(float(distance == 0))
-    return max(found)
 
 
 def holm(ps):

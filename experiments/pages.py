@@ -257,8 +257,9 @@ def smollm_mixture():
     columns["loss on novels"] = ("test.text.loss",)
     groups = []
     for name, label in METHODS.items():
-        groups.append((f"{name}-mixture", label))
-    return runs_table(("SmolLM2-135M on the mixture",), groups, columns, SMOLLM)
+        seeds = column(f"{name}-mixture", "test.mean.loss", SMOLLM)
+        groups.append((f"{name}-mixture", label, len(seeds)))
+    return runs_table(("SmolLM2-135M on the mixture", "seeds"), groups, columns, SMOLLM)
 
 
 # AutoLoRA, ΔW ------------------------------------------------------------------------------------

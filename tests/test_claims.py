@@ -55,10 +55,10 @@ def test_one_run_is_inconclusive_and_none_is_not_run_yet():
 
 
 def test_groups_are_paired_by_seed_and_compared_in_the_claims_direction():
-    lower = Comparison({0: 0.2, 2: 0.3, 5: 9.0}, {0: 0.4, 1: 9.0, 2: 0.6}, 0.1,
+    lower = Comparison({0: 0.2, 2: 0.3, 5: 9.0}, {0: 0.4, 1: 9.0, 2: 0.62}, 0.1,
                        transform=math.log)
-    assert lower.units() == [0, 2] and lower.means() == pytest.approx((0.25, 0.5))
-    assert lower.effects() == pytest.approx([math.log(2)] * 2)
+    assert lower.units() == [0, 2] and lower.means() == pytest.approx((0.25, 0.51))
+    assert lower.effects() == pytest.approx([math.log(0.4 / 0.2), math.log(0.62 / 0.3)])
     assert judge("better", lower)["verdict"] == "supported"
 
 
