@@ -21,7 +21,6 @@ flag goes to train.py.
 import argparse
 import math
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 

@@ -7,8 +7,7 @@ The files in experiments/results: how runs.py writes them, and how claims.py and
     STUDY_intruders.csv         intruder dimensions, mean over a run's matrices
     STUDY_blocks.csv            MultiLoRA's blocks, for each matrix
 
-A run is called NAME-seedN. Readers return {seed: value}, so that groups are paired by seed. Shell
-scripts can call `results.py collect FOLDER RUNS.csv` and `results.py flatten ANALYSIS STUDY`.
+A run is called NAME-seedN. Readers return {seed: value}, so that groups are paired by seed.
 """
 import csv
 import json
@@ -305,8 +304,3 @@ def block_rows(records):
             row |= {side: record[side][-1], f"null.{side}": record["null"][side][-1]}
         rows.append(row)
     return rows
-
-
-if __name__ == "__main__":
-    command, *paths = sys.argv[1:]
-    {"collect": collect, "flatten": flatten}[command](*map(Path, paths))
