@@ -76,10 +76,7 @@ def tests():
 
 def means(test):
     """The two groups' means; learning rates need more digits."""
-    cells = []
-    for value in test.comparison.means():
-        cells.append(f"{value:.4f}" if value < 0.02 else f"{value:.3f}")
-    return " and ".join(cells)
+    return [f"{m:.4f}" if m < 0.02 else f"{m:.3f}" for m in test.comparison.means()]
 
 
 def findings():
@@ -105,7 +102,9 @@ def findings():
 def outcome(test):
     if test.n == 0:
         return "not run yet"
-    return (f"**{test.verdict}**: {means(test)}; {effect(test)}, {units(test)}, "
+    labels = test.claim["groups"].split("|")
+    named = [f"{m} ({label})" for m, label in zip(means(test), labels, strict=True)]
+    return (f"**{test.verdict}**: {' and '.join(named)}; {effect(test)}, {units(test)}, "
             f"δ = {test.comparison.delta:g}")
 
 
@@ -123,7 +122,7 @@ def all_claims():
         cells = ("", "", "", "")
         if test.n:
             p = f"{p:.3f}" if p >= 0.001 else "< 0.001"
-            cells = (means(test), effect(test), units(test), p)
+            cells = (" and ".join(means(test)), effect(test), units(test), p)
         line = (test.claim["claim"], test.claim["kind"], SETTINGS[test.setting], test.label(),
                 *cells, f"{test.comparison.delta:g}", f"**{test.verdict}**", command(test))
         papers.setdefault(f"{test.claim['paper']} ({test.claim['source']})", []).append(line)
@@ -270,7 +269,7 @@ def found_ranks():
                 ("shuffled", "found ranks, shuffled"), ("chance", "ranks from an untrained β"),
                 ("null", "ranks from a search with permuted labels"),
                 ("first-order", "ranks found without the second term"),
-                ("fixed-uniform", "equal ranks, every scale α/k"), ("lora", "8 everywhere"))
+                ("fixed-uniform", "equal ranks, with α/k for both"), ("lora", "8 everywhere"))
     lines = []
     for name, label in controls:
         ours = "fixed-found" if name == "fixed-uniform" else "autolora"
