@@ -22,7 +22,8 @@ def evaluate(model, tasks, settings, device):
     {task: {"loss": nats per token of its held-out completions, "exact": share of the completions
     that greedy decoding reproduces exactly}}. Plain text has no "exact". The processes share the
     work. Decoding reproduces a completion exactly if each of its tokens, given those before it, is
-    the most likely one, so one pass tells both and nothing has to be generated.
+    the most likely one, so model(idx, targets), which returns the logits (B, T, V) and the loss,
+    tells both, and nothing has to be generated.
     """
     was_training = model.training
     model.eval()
@@ -37,6 +38,7 @@ def evaluate(model, tasks, settings, device):
             matches = len(rows) - wrong.any(1).sum().item()
             tokens = sum(row.n_target_tokens for row in rows)
             sums += torch.tensor([loss.item() * tokens, tokens, matches], device=device)
+            del logits              # those of two batches are never in memory together
         distributed.all_reduce_sum([sums])
         loss, tokens, matches = sums.tolist()
         results[task.name] = {"loss": loss / tokens}

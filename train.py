@@ -442,8 +442,8 @@ def opened(settings, explicit_flags):
             yield Run(settings, saved)
         return
     run = Run(settings)
-    settings.out = checkpoint.reserve(settings.out, settings.method)
-    with checkpoint.locked(settings.out):
+    with checkpoint.reserved(settings.out, settings.method) as path:
+        settings.out = path
         run.save()                              # so that a run killed early can be resumed
         yield run
 

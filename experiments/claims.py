@@ -19,7 +19,7 @@ import argparse
 import csv
 from dataclasses import dataclass
 from itertools import combinations
-from math import inf, log, log2
+from math import inf, isnan, log, log2
 from pathlib import Path
 from statistics import StatisticsError, correlation, mean
 
@@ -110,7 +110,8 @@ def judge(kind, comparison):
     if len(effects) > 1:
         low, high = map(float, stats.ttest_1samp(effects, 0).confidence_interval(0.95))
         limits = {"better": [0], "no worse": [-delta], "equal": [-delta, delta]}[kind]
-        p = max(float(stats.ttest_1samp(effects, limit).pvalue) for limit in limits)
+        ps = [float(stats.ttest_1samp(effects, limit).pvalue) for limit in limits]
+        p = max(1.0 if isnan(q) else q for q in ps)         # NaN: all effects are at the limit
     verdict = verdict_of(kind, low, high, delta) if effects else "not run yet"
     return {"n": len(effects), "effect": effect, "low": low, "high": high, "p": p,
             "verdict": verdict}

@@ -144,23 +144,25 @@ def write_csv(rows, path, columns=()):
     columns = dict.fromkeys(columns)
     for row in rows:
         columns |= dict.fromkeys(row)
-    with open(path, "w", newline="") as f:
+    part = path.with_suffix(".part")        # an interrupted call leaves the old file
+    with open(part, "w", newline="") as f:
         out = csv.DictWriter(f, columns, lineterminator="\n")
         out.writeheader()
         for row in rows:
             out.writerow({name: cell(value) for name, value in row.items()})
+    part.replace(path)
 
 
 def update_csv(rows, path, key, columns=()):
     """The same, but rows of an earlier file remain unless a new row has the same `key` columns."""
-    merged = {}
+    new = {tuple(cell(row[name]) for name in key) for row in rows}
+    old = []
     if path.exists():
         with open(path, newline="") as f:
             for row in csv.DictReader(f):
-                merged[tuple(row[name] for name in key)] = row
-    for row in rows:
-        merged[tuple(cell(row[name]) for name in key)] = row
-    write_csv(list(merged.values()), path, columns)
+                if tuple(row[name] for name in key) not in new:
+                    old.append(row)
+    write_csv(old + rows, path, columns)
 
 
 def cell(value):
@@ -242,16 +244,16 @@ def flatten(folder, prefix):
     """Write the numbers of an analysis.json to PREFIX.csv, PREFIX_pairs.csv, ..._intruders.csv and
     ..._blocks.csv."""
     found = json.loads((folder / "analysis.json").read_text())
-    matrix = ["checkpoint", "seed", "name"]
+    run = ["checkpoint", "seed"]            # all rows of such a run, or pair of runs, are replaced
     tables = []
     if "spectrum" in found or "amplification" in found:
-        tables.append(("", list(map(flat, found["records"])), matrix))
+        tables.append(("", list(map(flat, found["records"])), run))
     if "subspace" in found:
-        tables.append(("_pairs", pair_rows(found["subspace"]), ["pair", "a", "b", "name"]))
+        tables.append(("_pairs", pair_rows(found["subspace"]), ["pair", "a", "b"]))
     if "intruders" in found:
-        tables.append(("_intruders", intruder_rows(found["intruders"]), matrix[:2]))
+        tables.append(("_intruders", intruder_rows(found["intruders"]), run))
     if "blocks" in found:
-        tables.append(("_blocks", block_rows(found["blocks"]), matrix))
+        tables.append(("_blocks", block_rows(found["blocks"]), run))
     for ending, rows, key in tables:
         update_csv(rows, Path(f"{prefix}{ending}.csv"), key)
 

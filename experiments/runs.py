@@ -10,9 +10,10 @@ has the calls of analyze.py that follow.
 
 Each group of runs.csv is trained with several seeds, and with several learning rates if the table
 gives them. Checkpoints and logs are written to out/NAME and the numbers to out/NAME/results, for
-claims.py; --results experiments/results adds them to the published ones, in place of older rows of
-the same runs. A file RUN.done marks what has finished: an interrupted call continues there, and
-unfinished runs resume from their checkpoints. RUN.commit has the version of the code.
+claims.py. --results experiments/results adds them to the published CSV files, in place of older rows
+of the same runs; printed tables and figures are then those of the runs in out/NAME. A file RUN.done
+marks what has finished: an interrupted call continues there, and unfinished runs resume from their
+checkpoints. RUN.commit has the version of the code.
 """
 import argparse
 import csv
@@ -171,8 +172,10 @@ def publish(args, folder):
     if args.experiment != "adapters":
         samples = results.collect(folder, args.results / f"{args.experiment}_runs.csv")
     if args.experiment == "smollm":
-        text = json.dumps(samples, indent=1, ensure_ascii=False)
-        (args.results / "smollm_samples.json").write_text(text + "\n")
+        path = args.results / "smollm_samples.json"
+        if path.exists():
+            samples = json.loads(path.read_text()) | samples
+        path.write_text(json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
     if args.experiment == "nano":
         results.collect_sums(folder, args.results / "nano_summed.csv")
     if args.experiment == "nano" and args.results == results.RESULTS:

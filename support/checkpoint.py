@@ -13,6 +13,7 @@ Checkpoints of train.py: what a file holds, and the way back from a file to a mo
 """
 import hashlib
 import os
+import secrets
 from argparse import Namespace
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -140,15 +141,29 @@ def read_ranks(path, base):
     return {name: len(own["A"]) for name, own in adapter["tensors"].items()}
 
 
-def reserve(path, method):
+@contextmanager
+def reserved(path, method):
     """
     Create `path`, or the first free out/METHOD.pt, as an empty file, so that no other run uses it,
-    and return it. Raises ValueError if the file exists and is not empty.
+    and lock it. If nothing has been written into it by the end of the block, it is removed. Raises
+    ValueError if the file exists and is not empty.
     """
     if not distributed.is_main_process():
-        return path
+        yield path
+        return
+    path = create_empty(path, method)
+    with locked(path):
+        try:
+            yield path
+        finally:
+            with suppress(FileNotFoundError):
+                if os.path.getsize(path) == 0:
+                    os.unlink(path)
+
+
+def create_empty(path, method):
     if path and os.path.isfile(path) and os.path.getsize(path) == 0:
-        return path             # of a run that ended before it could save
+        return path             # left by a run that was killed before it saved
     free = [f"out/{method}.pt", *[f"out/{method}-{n}.pt" for n in range(2, 10_000)]]
     for name in [path] if path else free:
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
@@ -161,10 +176,10 @@ def reserve(path, method):
 def locked(path):
     """In the block, no other run can write this checkpoint. Raises OSError if another run does, or
     if there is no such file."""
+    os.stat(path)
     if fcntl is None or os.environ.get("RANK", "0") != "0":     # torchrun's others do not write
         yield
         return
-    os.stat(path)
     lock = beside(path, "lock")
     with open(lock, "w") as f:
         try:
@@ -175,6 +190,8 @@ def locked(path):
             raise OSError(f"{path} is in use by another run, which has to end first") from None
         except OSError:
             pass                                                # a file system without locks
+        for part in lock.parent.glob(beside(path, "*.part").name):
+            part.unlink()                       # left by a process that was killed while writing
         try:
             yield
         finally:
@@ -192,10 +209,10 @@ def write(saved, path):
     """torch.save in the main process that leaves either the old file or the complete new one."""
     if not distributed.is_main_process():
         return
-    part = beside(path, "part")
+    part = beside(path, f"{secrets.token_hex(6)}.part")
     part.parent.mkdir(parents=True, exist_ok=True)      # it may have been moved during the run
     try:
-        with open(part, "wb") as f:     # a killed process may have left one
+        with open(part, "xb") as f:
             torch.save(saved, f)
             f.flush()
             os.fsync(f.fileno())

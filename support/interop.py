@@ -61,7 +61,7 @@ def to_run(saved, path, alpha=None):
     """
     if {"layer", "settings", "tensors", "scale", "base"} <= saved.keys():   # saved by hand
         method = METHODS.get(saved["layer"], "lora")                        # a user's own class
-        return run_of(saved, saved["tensors"], saved["settings"] | {"method": method})
+        return run_of(saved, saved["tensors"], saved["settings"] | {"model": None, "method": method})
     file = (path if path.is_dir() else path.parent) / "adapter_config.json"
     config = {"lora_alpha": alpha}
     if path.is_dir() or path.stem == "adapter_model":

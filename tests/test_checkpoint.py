@@ -33,10 +33,12 @@ def assert_refused(argv, message, capsys):
 
 def test_a_path_is_reserved_by_an_empty_file_that_did_not_exist():
     for path, name in ((None, "out/lora.pt"), (None, "out/lora-2.pt"), ("a/b.pt", "a/b.pt")):
-        assert checkpoint.reserve(path, "lora") == name and os.path.getsize(name) == 0
-        checkpoint.write({}, name)
+        with checkpoint.reserved(path, "lora") as reserved:
+            assert reserved == name and os.path.getsize(name) == 0
+            checkpoint.write({}, name)
     with pytest.raises(ValueError, match="a/b.pt exists already: .* or continue .* --resume"):
-        checkpoint.reserve("a/b.pt", "lora")
+        with checkpoint.reserved("a/b.pt", "lora"):
+            pass
 
 
 def test_a_run_does_not_overwrite_the_file_of_another(capsys):
@@ -46,15 +48,27 @@ def test_a_run_does_not_overwrite_the_file_of_another(capsys):
     assert Path("a.pt").read_bytes() == first
 
 
-def test_a_reserved_path_can_be_used_again_by_the_next_run_but_not_by_another_one(capsys):
-    """Even if the first run could not save, because the disk was full, for example."""
-    checkpoint.reserve("a.pt", "lora")
-    with checkpoint.locked("a.pt"):
+def test_a_reserved_path_is_free_again_if_nothing_could_be_written(monkeypatch):
+    before = {*os.listdir()}
+    monkeypatch.setattr(torch, "save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main([*SMALL, "--out", "a.pt"])
+    assert {*os.listdir()} == before
+
+
+def test_a_process_deletes_only_its_own_reservation(capsys):
+    with checkpoint.reserved("a.pt", "lora"):
         for argv in ([*SMALL, "--out", "a.pt"], ["--resume", "a.pt"]):
             assert_refused(argv, "a.pt is in use by another run", capsys)
             assert os.path.exists("a.pt")
-    train.main([*SMALL, *"--steps 1 --out a.pt".split()])
-    assert read("a.pt")["after"]
+    assert not os.path.exists("a.pt")
+
+
+def test_an_empty_file_of_a_run_that_was_killed_before_it_saved_is_used_again():
+    Path("a.pt").touch()
+    with checkpoint.reserved("a.pt", "lora") as path:
+        checkpoint.write({}, path)
+    assert os.path.getsize("a.pt") > 0
 
 
 def test_a_second_run_cannot_write_the_same_file(monkeypatch, capsys):
@@ -142,7 +156,10 @@ def test_a_process_killed_while_writing_leaves_the_last_checkpoint_and_no_litter
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert len(os.listdir()) == len(before) + 2                 # the partial file, and the lock's
     assert read("a.pt")["step"] == 1
+    of_another_run = checkpoint.beside("b.pt", "1.part")
+    of_another_run.touch()
     train.main(["--resume", "a.pt"])
+    of_another_run.unlink()                             # it is still there
     assert same_run("a.pt", "whole.pt") and {*os.listdir()} == before
 
 

@@ -30,6 +30,7 @@ def test_the_interval_and_p_of_a_textbook():
     assert judge("no worse", shifted)["p"] == pytest.approx(0.002833, abs=1e-4)
     for effects in (SLEEP, [-effect for effect in SLEEP]):          # the mean is at one of ±δ
         assert judge("equal", compare(effects, delta=1.58))["p"] == pytest.approx(1, abs=1e-4)
+    assert judge("better", compare([0.0, 0.0]))["p"] == 1           # counts may be equal
 
 
 @pytest.mark.parametrize("low, high, better, no_worse, equal", [

@@ -421,13 +421,13 @@ def exit_status(argv):
 
 
 @pytest.mark.parametrize("number, kind, owner, name, call, step", [
-    (signal.SIGINT, "lora", train, "evaluate", 1, 0),               # in the first evaluation
-    (signal.SIGTERM, "lora", train, "evaluate", 1, 0),
+    (signal.SIGINT, "lora", data, "collate", 1, 0),         # in the first evaluation
+    (signal.SIGTERM, "lora", data, "collate", 1, 0),
     (signal.SIGINT, "full", torch.optim.AdamW, "step", 2, 2),       # before run.step is set
     (signal.SIGTERM, "autolora", torch.optim.AdamW, "step", 3, 3),  # the same in a search
     (signal.SIGINT, "autolora", lora, "inject", 2, 0),      # between the search and its training
     (signal.SIGTERM, "multilora", torch, "save", 3, 2),     # while a checkpoint is written
-    (signal.SIGINT, "lora", train, "evaluate", 3, 2),       # in the evaluation after step 2
+    (signal.SIGINT, "lora", train, "evaluate", 3, 2),       # after the evaluation of step 2
     (signal.SIGTERM, "lora", train, "completions", 1, 3),   # after the last evaluation
 ])
 def test_a_signal_saves_the_run_and_prints_how_to_resume_it(
