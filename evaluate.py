@@ -21,9 +21,8 @@ def evaluate(model, tasks, settings, device):
     """
     {task: {"loss": nats per token of its held-out completions, "exact": share of the completions
     that greedy decoding reproduces exactly}}. Plain text has no "exact". The processes share the
-    work. Decoding reproduces a completion exactly if each of its tokens, given those before it, is
-    the most likely one, so model(idx, targets), which returns the logits (B, T, V) and the loss,
-    tells both, and nothing has to be generated.
+    work. model(idx, targets) must return the logits (B, T, V) and the loss. Nothing is generated:
+    greedy decoding reproduces a completion if each token is the most likely one after those before.
     """
     was_training = model.training
     model.eval()

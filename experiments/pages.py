@@ -76,7 +76,10 @@ def tests():
 
 def means(test):
     """The two groups' means; learning rates need more digits."""
-    return [f"{m:.4f}" if m < 0.02 else f"{m:.3f}" for m in test.comparison.means()]
+    cells = []
+    for value in test.comparison.means():
+        cells.append(f"{value:.4f}" if value < 0.02 else f"{value:.3f}")
+    return cells
 
 
 def findings():

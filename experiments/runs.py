@@ -10,10 +10,10 @@ has the calls of analyze.py that follow.
 
 Each group of runs.csv is trained with several seeds, and with several learning rates if the table
 gives them. Checkpoints and logs are written to out/NAME and the numbers to out/NAME/results, for
-claims.py. --results experiments/results adds them to the published CSV files, in place of older rows
-of the same runs; printed tables and figures are then those of the runs in out/NAME. A file RUN.done
-marks what has finished: an interrupted call continues there, and unfinished runs resume from their
-checkpoints. RUN.commit has the version of the code.
+claims.py. --results experiments/results adds them to the published CSV files, in place of older
+rows of the same runs; printed tables and figures are then those of the runs in out/NAME. A file
+RUN.done marks what has finished: an interrupted call continues there, and unfinished runs resume
+from their checkpoints. RUN.commit contains the commit of the code.
 """
 import argparse
 import csv

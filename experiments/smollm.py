@@ -82,8 +82,8 @@ class SmolLM(nn.Module):
         self.config.n_embd = self.config.hidden_size
 
     def forward(self, idx, targets=None, label_smoothing=0.0):
-        """(logits, loss). With targets, only the logits of the tokens that count are computed, which
-        saves time; the others are zero, and in training left out."""
+        """(logits, loss). With targets, only the logits of the tokens that count are computed,
+        which saves time; the others are zero, or in training left out."""
         x = self.lm.model(idx, use_cache=False).last_hidden_state
         if targets is None:
             return self.lm.lm_head(x), None

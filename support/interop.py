@@ -23,7 +23,7 @@ IN_GPT2 = re.compile(rf"(?:transformer\.)?(h\.\d+)\.({'|'.join(model.HF_NAMES)})
 UNSUPPORTED = ("use_dora use_qalora use_bdlora kasa_config lora_bias layer_replication "
                "target_parameters alora_invocation_tokens arrow_config").split()
 CHANGES_W = ("pissa", "olora", "corda", "loftq", "lora_ga")     # initialisations that change W
-METHODS = {"MultiLoRALinear": "multilora", "AutoLoRALinear": "autolora"}
+METHOD_OF_LAYER = {"MultiLoRALinear": "multilora", "AutoLoRALinear": "autolora"}
 SETTINGS = {"model": None, "method": "lora", "scratch": False, "seed": None, "data": None,
             "ranks_from": None, "dtype": "fp32", "eval_rows": 200, "batch_size": 8,
             "block_size": 1024}
@@ -59,9 +59,11 @@ def to_run(saved, path, alpha=None):
     The content of such a file in the form of a checkpoint; scales are None if α is unknown. Raises
     OSError or ValueError if the file is not a complete LoRA adapter.
     """
-    if {"layer", "settings", "tensors", "scale", "base"} <= saved.keys():   # saved by hand
-        method = METHODS.get(saved["layer"], "lora")                        # a user's own class
-        return run_of(saved, saved["tensors"], saved["settings"] | {"model": None, "method": method})
+    if {"layer", "settings", "tensors", "scale", "base"} <= saved.keys():
+        # a state of adapter_state.state_dict; layers of a user's own class are shown as LoRA
+        method = METHOD_OF_LAYER.get(saved["layer"], "lora")
+        settings = saved["settings"] | {"model": None, "method": method}
+        return run_of(saved, saved["tensors"], settings)
     file = (path if path.is_dir() else path.parent) / "adapter_config.json"
     config = {"lora_alpha": alpha}
     if path.is_dir() or path.stem == "adapter_model":
