@@ -5,9 +5,7 @@ where ΔW has rank 0, 1, 2, 4 or 6 and singular values of 1. The search has k = 
     python experiments/planted.py                                        # nine minutes on two cores
     python experiments/planted.py --seeds 1 --steps 10 --out planted.csv    # seconds
 """
-import argparse
 from pathlib import Path
-from statistics import mean
 
 import results          # puts the repository's root on sys.path
 
@@ -17,6 +15,7 @@ import torch.nn as nn
 import autolora
 import lora
 from claims import PLANTED_RANKS
+from support import cli
 
 K = 8
 WIDTH = 32
@@ -68,24 +67,15 @@ def search(seed, steps, how="forward", beta_lr=0.01, rows=512, gate="softmax", e
         autolora.search_gradients(lambda: losses(0), lambda: losses(1), omega, beta, eta, how)
         optimizer.step()
         if step in STEPS:
-            found.append({"seed": seed, "step": step, **read(model)})
+            row = {"seed": seed, "step": step}
+            for planted, rank in zip(PLANTED_RANKS, autolora.ranks(model).values()):
+                row[f"rank of {planted}"] = rank
+            found.append(row)
     return found
 
 
-def read(model):
-    """Each layer's rank, and the share of its largest selection variable."""
-    row = {}
-    for planted, rank in zip(PLANTED_RANKS, autolora.ranks(model).values()):
-        row[f"rank of {planted}"] = rank
-    for planted, m in zip(PLANTED_RANKS, model):
-        a = autolora.selection(m.beta.detach(), m.gate).abs()
-        row[f"top of {planted}"] = (a.max() / a.sum()).item()
-    return row
-
-
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.parser(__doc__, "python experiments/planted.py [options]")
     p.add_argument("--seeds", type=int, default=20, help="number of seeds (default %(default)s)")
     p.add_argument("--steps", type=int, default=STEPS[-1], help="of each (default %(default)s)")
     p.add_argument("--out", type=Path, default=results.RESULTS / "planted.csv")
@@ -95,11 +85,7 @@ def main(argv=None):
         for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
             found = search(seed, args.steps, **settings)
             rows += [{"search": name, **row} for row in found]
-        steps = rows[-1]["step"]
-        last = results.select(rows, search=name, step=steps)
-        print(f"{name} after {steps} steps, planted and mean rank found:")
-        for planted in PLANTED_RANKS:
-            print(f"{planted:6}{mean(row[f'rank of {planted}'] for row in last):6.1f}")
+        print(f"{name}: {args.seeds} seeds")
     results.write_csv(rows, args.out)
 
 
