@@ -18,11 +18,9 @@ train.py with one thing changed, for controls that have no flag of their own the
 All but the shuffled ranks are raised or lowered at random until their parameters fit. Every other
 flag goes to train.py.
 """
-import argparse
 import math
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import results          # puts the repository's root on sys.path
 
@@ -59,7 +57,8 @@ class FixedScale(lora.LoRALinear):
 
 LAYERS = {"learned-s": LearnedScale, "random-b": RandomB, "fixed-scale": FixedScale}
 adapter_state.LAYERS.update({layer.__name__: layer for layer in LAYERS.values()})
-split_for_search = data.split_for_search
+split_for_search = data.split_for_search        # replaced below
+read_ranks = checkpoint.read_ranks
 
 
 def permuted_split(tasks, share, seed):
@@ -125,24 +124,21 @@ def fit(ranks, largest, budget, cost, rng):
         ranks[rng.choice(candidates)] += 1
 
 
-def write_ranks(args, seed, path):
-    """Write an untrained adapter with these ranks, for train.py's --ranks_from."""
+def ranks_of_kind(args, seed):
+    """The ranks of args.ranks, in place of those that train.py reads from the run FOUND."""
     saved, settings = checkpoint.open_run(args.found)
-    found = checkpoint.read_ranks(args.found, saved["base"])
-    null = args.null and checkpoint.read_ranks(args.null, saved["base"])
+    found = read_ranks(args.found, saved["base"])
+    null = args.null and read_ranks(args.null, saved["base"])
     cost = {}
     for name, own in saved["adapter"]["tensors"].items():
         cost[name] = own["A"].size(1) + own["B"].size(0)
     ranks = other_ranks(found, args.ranks, cost, settings.rank, random.Random(seed), null)
-    model = lora.inject(checkpoint.start_model(settings, "cpu"), rank=ranks)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write({"adapter": adapter_state.state_dict(model)}, path)
     print(f"{args.ranks} ranks, {total(ranks, cost):,} of {total(found, cost):,} parameters")
+    return ranks
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.parser(__doc__, "python experiments/controls.py [options]")
     p.add_argument("--layer", choices=LAYERS)
     p.add_argument("--permute_labels", action="store_true")
     p.add_argument("--ranks", choices=KINDS)
@@ -151,9 +147,9 @@ def main(argv=None):
     args, flags = p.parse_known_args(argv)
     if args.ranks and "--resume" not in flags:
         settings, _ = train.parse(flags)
-        path = Path(f"{settings.out.removesuffix('.pt')}.ranks")
-        write_ranks(args, settings.seed, path)
-        flags += ["--ranks_from", str(path)]
+        ranks = ranks_of_kind(args, settings.seed)
+        checkpoint.read_ranks = lambda path, base: ranks
+        flags += ["--ranks_from", args.found]
     if args.layer:
         train.METHODS["lora"] = replace(train.METHODS["lora"], layer=LAYERS[args.layer])
     if args.permute_labels:
