@@ -4,16 +4,15 @@ are drawn from checkpoints by analyze.py, and rules.png is a diagram.
 """
 from statistics import mean
 
-import matplotlib
-import matplotlib.ticker
-
 import claims
 import results
 from results import column, read_csv, select
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 from support.report import COLORS as METHOD_COLORS
+from support.report import plain_ticks
 
 FIGURES = results.ROOT / "experiments" / "figures"
 COLORS = {"supported": "#0072b2", "negligible": "#777777", "contradicted": "#d55e00",
@@ -130,12 +129,8 @@ def learning_rates():
                         label=METHOD_NAMES[method], color=METHOD_COLORS[method])
         ax.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="validation loss")
         ax.set_title(title, fontsize=10)
-        low, high = ax.get_ylim()
-        ticks = (0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)
-        ax.set_yticks(ticks, map(str, ticks))
-        ax.set_ylim(low, high)
-        ax.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        plain_ticks(ax.yaxis)
+        ax.xaxis.set_minor_formatter(NullFormatter())
     axes[1].legend(frameon=False, fontsize=8)
     return fig
 
