@@ -87,6 +87,13 @@ def results_table(tasks, before, after):
     return "\n".join(lines)
 
 
+def merge_into_base(model):
+    """Replace every adapted layer by its nn.Linear, whose weight becomes W + ΔW."""
+    for m in lora.adapters(model).values():
+        m.base.weight.data = m.weight.detach()
+    lora.remove(model)
+
+
 def export(model, settings, path):
     """Write the adapter in peft's format into the folder `path`; if `path` has a suffix, write the
     whole model, W + ΔW, in the Hugging Face layout of GPT-2."""
@@ -98,9 +105,7 @@ def export(model, settings, path):
         interop.write_peft(adapter_state.state_dict(model), settings.model, Path(path))
         print(f"{path} contains the adapter in peft's format: PeftModel.from_pretrained reads it")
         return
-    for m in lora.adapters(model).values():
-        m.base.weight.data = m.weight.detach()
-    lora.remove(model)
+    merge_into_base(model)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write(model.hf_state_dict(), path)
     config = model.config

@@ -23,14 +23,15 @@ from math import inf, isnan, log, log2
 from pathlib import Path
 from statistics import StatisticsError, correlation, mean
 
+import numpy as np
 from scipy import stats
 
 import results
-from results import column, phi, read_csv, select, study
+from results import column, read_csv, select, study
 
 SETTINGS = {"nano": "nano", "e2e": "SmolLM2, E2E", "mixture": "SmolLM2, mixture"}
 MODEL = {"nano": "nano", "e2e": "smollm", "mixture": "smollm"}      # names of its results files
-BLOCKS = {"nano": "nano_methods_blocks.csv", "mixture": "smollm_mixture_blocks.csv"}
+INTRUDERS_OF = "nano_forgetting_intruders.csv"
 TASKS = ("instruct", "arith", "infer", "facts", "data2text")
 PLANTED_RANKS = (0, 1, 2, 4, 6)
 PLANTED_STEPS = {"default": 1000, "sigmoid": 100, "none": 300}      # when each search is stopped
@@ -82,7 +83,6 @@ class Test:
     """A claim in one setting: what is compared, and the outcome."""
     claim: dict
     setting: str
-    measure: str                        # "loss"
     names: list                         # of what is compared: ["lora", "full"]
     comparison: Comparison
     n: int                              # units: 0 if it was not run yet, and then p is 1
@@ -93,7 +93,7 @@ class Test:
     verdict: str
 
     def label(self):
-        return f"{self.measure}: {', '.join(self.names)}"
+        return f"{self.claim['measure']}: {', '.join(self.names)}"
 
 
 # The rule ----------------------------------------------------------------------------------------
@@ -150,30 +150,15 @@ def runs_column(setting, name, wanted):
 
 def losses(setting, name, task="mean"):
     """Test-set losses; for E2E, losses on 400 validation rows."""
-    wanted = "score.valid_loss" if setting == "e2e" else f"test.{task}.loss"
-    return runs_column(setting, name, wanted)
+    return runs_column(setting, name, f"test.{task}.loss")
 
 
-def loss(setting, ours, control):
-    groups = losses(setting, ours), losses(setting, control)
-    if setting == "e2e":
+def loss(setting, ours, control, task="mean"):
+    """The logarithm of the loss, or the loss of SmolLM2 on E2E and on novels, the task `text`."""
+    groups = losses(setting, ours, task), losses(setting, control, task)
+    if setting == "e2e" or task == "text":
         return Comparison(*groups, NATS)
     return Comparison(*groups, LOG_LOSS, transform=log)
-
-
-def forgetting(setting, ours, control):
-    """On nano the loss on the skills that the base has learned, on SmolLM2 that on novels."""
-    wanted = {"nano": "test.skills.loss", "e2e": "score.text_loss", "mixture": "test.text.loss"}
-    groups = (runs_column(setting, ours, wanted[setting]),
-              runs_column(setting, control, wanted[setting]))
-    if setting == "nano":
-        return Comparison(*groups, LOG_LOSS, transform=log)
-    return Comparison(*groups, NATS)
-
-
-def loss_summed(setting, ours, control):
-    found = column(ours, "test.mean.loss", "nano_summed.csv")
-    return Comparison(found, losses(setting, control), LOG_LOSS, transform=log)
 
 
 def alone(pattern):
@@ -191,7 +176,7 @@ def loss_alone(setting, ours, control):
 
 def gain_on_mixture(setting, lora, multilora, lora_alone, multilora_alone):
     """MultiLoRA's gain over LoRA in log loss, on the mixture and on single tasks."""
-    mixed = Comparison(losses(setting, multilora), losses(setting, lora), LOG_LOSS, transform=log)
+    mixed = loss(setting, multilora, lora)
     single = loss_alone(setting, multilora_alone, lora_alone)
     gains = [dict(zip(both.units(), both.effects())) for both in (mixed, single)]
     return Comparison(*gains, LOG_LOSS, smaller=False)
@@ -221,18 +206,17 @@ def minimum(points):
     lowest = min(range(len(points)), key=lambda i: points[i][1])
     if lowest in (0, len(points) - 1):
         return points[lowest][0]
-    (a, ya), (b, yb), (c, yc) = points[lowest - 1:lowest + 2]
-    left = (b - a) * (yb - yc)
-    right = (b - c) * (yb - ya)
-    return b - 0.5 * ((b - a) * left - (b - c) * right) / (left - right)
+    x, y = zip(*points[lowest - 1:lowest + 2])
+    a, b, _ = np.polyfit(x, y, 2)               # a x² + b x + c
+    return float(-b / (2 * a))
 
 
 # ΔW ----------------------------------------------------------------------------------------------
 
-def concentration(setting, *names):
+def concentration(setting, ours, control):
     """σ₁ / Σσ"""
     file = f"{MODEL[setting]}_methods.csv"
-    return Comparison(*[study(file, name, "top1") for name in names], SHARE)
+    return Comparison(study(file, ours, "top1"), study(file, control, "top1"), SHARE)
 
 
 def relative_concentration(setting, *names):
@@ -241,16 +225,23 @@ def relative_concentration(setting, *names):
     return Comparison(*[study(file, name, "top1", "null.top1") for name in names], RATIO)
 
 
-def pair_phi(setting, low, high, which, target=""):
-    return phi(f"{MODEL[setting]}_subspaces_pairs.csv", f"{low} and {high}", which, target)
+def constant(values, number):
+    """This number for the same units."""
+    return dict.fromkeys(values, float(number))
+
+
+def pair_phi(setting, low, high, which, **wanted):
+    """{first seed: mean over the matrices} of φ of two groups; `which`: a column as input.first."""
+    return study(f"{MODEL[setting]}_subspaces_pairs.csv", f"{low} and {high}", which, **wanted)
 
 
 def first_shared(setting, low, high, control):
     """φ(1, 1) of the input directions of two runs, and that of Gaussians or a number."""
     first = pair_phi(setting, low, high, "input.first")
-    other = pair_phi(setting, low, high, "random.first")
-    if control != "Gaussian":
-        other = dict.fromkeys(first, float(control))
+    if control == "Gaussian":
+        other = pair_phi(setting, low, high, "random.first")
+    else:
+        other = constant(first, control)
     return Comparison(first, other, OVERLAP, smaller=False, unit="seed pairs")
 
 
@@ -266,40 +257,40 @@ def further_shared(setting, low, high):
 
 def q_and_v(setting, name, q, v):
     """φ of all directions of two seeds, of ΔW_q and of ΔW_v."""
-    of_q = pair_phi(setting, name, name, "input.all", f".{q}")
-    of_v = pair_phi(setting, name, name, "input.all", f".{v}")
-    return Comparison(of_q, of_v, OVERLAP, smaller=False, unit="seed pairs")
+    groups = [pair_phi(setting, name, name, "input.all", target=target) for target in (q, v)]
+    return Comparison(*groups, OVERLAP, smaller=False, unit="seed pairs")
 
 
 def overlap(setting, name, target, control):
     """‖UᵀWV‖ of ΔW, and that of a Gaussian ΔW or half of that of W's top directions."""
-    def values(measure):
-        return study(f"{MODEL[setting]}_subspaces.csv", name, measure, target=target)
-
+    file = f"{MODEL[setting]}_subspaces.csv"
+    ours = study(file, name, "projection", target=target)
     if control == "Gaussian":
-        return Comparison(values("projection"), values("null.projection"), OVERLAP, smaller=False)
-    half = {seed: top / 2 for seed, top in values("top_W").items()}
-    return Comparison(values("projection"), half, OVERLAP)
+        other = study(file, name, "null.projection", target=target)
+        return Comparison(ours, other, OVERLAP, smaller=False)
+    top = study(file, name, "top_W", target=target)
+    return Comparison(ours, {seed: value / 2 for seed, value in top.items()}, OVERLAP)
 
 
 def amplification(setting, name, target):
     """‖ΔW‖ / ‖UᵀWV‖, compared with 1."""
     values = study(f"{MODEL[setting]}_subspaces.csv", name, "amplification", target=target)
-    return Comparison(values, dict.fromkeys(values, 1.0), AMPLIFICATION, smaller=False)
+    return Comparison(values, constant(values, 1), AMPLIFICATION, smaller=False)
 
 
 def block_overlap(setting, name, side):
     """φ of all directions of two blocks of one ΔW, and that of Gaussian blocks."""
-    ours = study(BLOCKS[setting], name, side)
-    return Comparison(ours, study(BLOCKS[setting], name, f"null.{side}"), OVERLAP, smaller=False)
+    file = f"{MODEL[setting]}_mixture_blocks.csv"
+    ours = study(file, name, side)
+    return Comparison(ours, study(file, name, f"null.{side}"), OVERLAP, smaller=False)
 
 
 def smallest_block(setting, name):
     """n times the smallest block's share of ‖ΔW‖, and a half."""
-    values = {}
-    for seed, share in study(BLOCKS[setting], name, "smallest").items():
-        values[seed] = share * read_csv(BLOCKS[setting])[0]["n"]
-    return Comparison(values, dict.fromkeys(values, 0.5), BLOCK, smaller=False)
+    file = f"{MODEL[setting]}_mixture_blocks.csv"
+    n = study(file, name, "n")
+    values = {seed: n[seed] * share for seed, share in study(file, name, "smallest").items()}
+    return Comparison(values, constant(values, 0.5), BLOCK, smaller=False)
 
 
 # AutoLoRA's ranks --------------------------------------------------------------------------------
@@ -315,7 +306,7 @@ def agreement(setting, name):
         return mean(correlation_or_zero(ranks[a], ranks[b]) for a, b in pairs)
 
     values = jackknife(of_seeds, list(ranks))
-    return Comparison(values, dict.fromkeys(values, 0.0), CORRELATION, smaller=False,
+    return Comparison(values, constant(values, 0), CORRELATION, smaller=False,
                       unit="seeds, jackknife")
 
 
@@ -348,7 +339,7 @@ def planted(setting, search, control):
     if control in PLANTED_STEPS:
         return Comparison(errors, planted_errors(control), RANK_ERROR)
     best = min(rank_error([rank] * len(PLANTED_RANKS)) for rank in range(1, 9))
-    return Comparison(errors, dict.fromkeys(errors, best / 2), RANK_ERROR)
+    return Comparison(errors, constant(errors, best / 2), RANK_ERROR)
 
 
 def planted_errors(search):
@@ -372,28 +363,24 @@ def rank_error(ranks):
 # Intruder dimensions -----------------------------------------------------------------------------
 
 def intruders(setting, ours, control):
+    """Intruder dimensions of two groups, or of one group and its Gaussian ΔW."""
     if control == "Gaussian":
-        other = intruder_counts(ours, "null")
+        other = study(INTRUDERS_OF, ours, "null")
     else:
-        other = intruder_counts(control)
-    return Comparison(intruder_counts(ours), other, INTRUDERS, smaller=False)
-
-
-def intruder_counts(name, kind="real"):
-    rows = select(read_csv("nano_forgetting_intruders.csv"), checkpoint=name)
-    return {row["seed"]: row[kind] for row in rows}
+        other = study(INTRUDERS_OF, control, "real")
+    return Comparison(study(INTRUDERS_OF, ours, "real"), other, INTRUDERS, smaller=False)
 
 
 def forgetting_kinds():
     """The kinds of runs on `instruct`."""
-    return sorted({row["checkpoint"] for row in read_csv("nano_forgetting_intruders.csv")})
+    return sorted({row["checkpoint"] for row in read_csv(INTRUDERS_OF)})
 
 
 def intruders_and_forgetting(setting, *kinds):
     """Correlation over the kinds of runs on `instruct`, of means over their common seeds."""
     found = {}
     for name in forgetting_kinds():
-        found[name] = intruder_counts(name), losses(setting, name, "skills")
+        found[name] = study(INTRUDERS_OF, name, "real"), losses(setting, name, "skills")
     seeds = [counts.keys() & lost.keys() for counts, lost in found.values()]
     common = set.intersection(*seeds) if seeds else set()
     points = {}
@@ -405,37 +392,23 @@ def intruders_and_forgetting(setting, *kinds):
         return correlation_or_zero(*zip(*[points[name] for name in names]))
 
     values = jackknife(of_kinds, list(points))
-    return Comparison(values, dict.fromkeys(values, 0.0), CORRELATION, smaller=False,
+    return Comparison(values, constant(values, 0), CORRELATION, smaller=False,
                       unit="kinds of runs, jackknife")
 
 
 # All of them -------------------------------------------------------------------------------------
 
-MEASURES = {
-    loss: "loss", forgetting: "loss on what was known before", loss_summed: "loss",
-    loss_alone: "mean loss on single tasks", gain_on_mixture: "gain in log loss",
-    best_rate: "best learning rate", concentration: "σ₁ / Σσ",
-    relative_concentration: "σ₁ / Σσ relative to a Gaussian's", first_shared: "φ(1, 1)",
-    further_shared: "φ of all", q_and_v: "φ of all", overlap: "‖UᵀWV‖",
-    amplification: "‖ΔW‖ / ‖UᵀWV‖", block_overlap: "φ of two blocks",
-    smallest_block: "n × the smallest block's share", agreement: "correlation of ranks",
-    planted: "error of planted ranks", intruders: "intruders of ten",
-    intruders_and_forgetting: "correlation of intruders and forgetting",
-}
-
-
 def tests():
     """[Test]: every claim of claims.csv in every setting."""
-    measures = {measure.__name__: measure for measure in MEASURES}
     found = []
     with open(results.ROOT / "experiments" / "claims.csv", newline="") as f:
         for claim in csv.DictReader(f):
             for setting in SETTINGS:
                 if claim[setting]:
                     name, *arguments = claim[setting].split()
-                    comparison = measures[name](setting, *arguments)
-                    found.append(Test(claim, setting, MEASURES[measures[name]], arguments,
-                                      comparison, **judge(claim["kind"], comparison)))
+                    comparison = globals()[name](setting, *arguments)
+                    found.append(Test(claim, setting, arguments, comparison,
+                                      **judge(claim["kind"], comparison)))
     return found
 
 

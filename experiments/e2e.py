@@ -3,15 +3,15 @@ The LoRA paper's run on E2E: download its data, and score a checkpoint as the pa
 
     python experiments/e2e.py get data/e2e                  # the LoRA repository's own files
     python experiments/e2e.py get gpt2_md_lora_e2e.pt       # the adapter that its authors trained
+    python experiments/e2e.py invent data/invented          # made-up rows, to rehearse offline
     python experiments/e2e.py score out/e2e.pt --data data/e2e
     python experiments/e2e.py score out/e2e.pt --data data/e2e --greedy --prompts 200
 
-`score` generates one text for each meaning representation of test.jsonl and compares it with all
+`score` writes one text for each meaning representation of test.jsonl and compares it with all
 references: BLEU (by sacrebleu), NIST, the share of slot values that the text mentions and, if
 pycocoevalcap and Java are installed, METEOR, ROUGE-L and CIDEr. It also measures the loss on 400
 held-out rows and, with --text, on held-out windows of a plain text. It prints a table with the
-paper's row, and writes the numbers and the texts to out/e2e-beam.json, with --greedy to
-out/e2e-score.json.
+paper's row, and writes the numbers and the texts to out/e2e-test.json.
 """
 import hashlib
 import http.client
@@ -24,9 +24,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 import text_scores
-from beam import beam_search
-from evaluate import evaluate
+from evaluate import merge_into_base
+from measure import WINDOW, Measured, every_nth
 from support import checkpoint, cli, data, distributed
 
 ROWS_AT = "https://raw.githubusercontent.com/microsoft/LoRA/main/examples/NLG/data/e2e"
@@ -35,9 +37,8 @@ LICENCE = "the E2E NLG challenge's data, CC BY-SA 4.0"
 ADAPTER_AT = "https://github.com/microsoft/LoRA/releases/download/GPT-2"
 ADAPTER_SHA256 = "efa9bcb92427058c8fe547be0d7373937ae031197986ecda0b54d520a32001cd"
 
-BEAM_TOKENS = 64        # the longest text, as in the paper's decoding
-GREEDY_TOKENS = 80      # the longest text of greedy decoding
-WINDOW = 512            # tokens of a window of --text
+BEAM_TOKENS = 64        # the longest text of beam search, as in the paper
+GREEDY_TOKENS = 80      # and of greedy decoding
 # the LoRA paper, table 3: GPT-2 medium with LoRA
 PAPER = {"bleu": 70.4, "nist": 8.85, "meteor": 46.8, "rouge_l": 71.8, "cider": 2.53}
 COLUMNS = {"bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rouge_l": "ROUGE-L",
@@ -61,8 +62,7 @@ def get_rows(folder, source):
         rows = parse_rows(fetch(source, name), name)
         if len(rows) != count:
             raise ValueError(f"{source}/{name} has {len(rows):,} rows, but E2E has {count:,}")
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        files[folder / f"{split}.jsonl"] = "".join(lines).encode()
+        files[folder / f"{split}.jsonl"] = as_jsonl(rows)
     folder.mkdir(parents=True, exist_ok=True)
     write(files)                                    # only after all three are complete
     counts = ", ".join(f"{split} {count:,}" for split, count in ROWS.items())
@@ -83,6 +83,10 @@ def parse_rows(content, name):
     return rows
 
 
+def as_jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
 def get_adapter(path, source):
     content = fetch(source, "gpt2_md_lora_e2e.pt")
     if hashlib.sha256(content).hexdigest() != ADAPTER_SHA256:
@@ -98,31 +102,14 @@ def fetch(source, name):
     if "://" not in source:
         return (Path(source) / name).read_bytes()
     url = f"{source}/{name}"
-    content = bytearray()
+    print(f"downloading {url} ...", flush=True)
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
-            size = int(response.headers.get("Content-Length", 0))
-            while piece := response.read(1 << 18):
-                content += piece
-                if size:
-                    show_progress(name, len(content), size)
-    except (OSError, http.client.HTTPException) as e:
-        raise ConnectionError(f"{url} could not be downloaded ({e}). Download it elsewhere and "
-                              "pass its folder: --from FOLDER") from None
-    if len(content) < size:
-        raise ConnectionError(f"{url}: the connection ended after {len(content):,} of {size:,} "
-                              "bytes. Run the command again")
-    return bytes(content)
-
-
-def show_progress(name, done, size):
-    """On a terminal one line that is rewritten, elsewhere one line at the end."""
-    text = f"{name} {done / 1e6:.1f} of {size / 1e6:.1f} MB"
-    ended = done >= size
-    if sys.stdout.isatty():
-        print(f"\r{text}", end="\n" if ended else "", flush=True)
-    elif ended:
-        print(text, flush=True)
+            return response.read()
+    except (OSError, http.client.HTTPException) as e:       # IncompleteRead is one of these
+        raise ConnectionError(f"{url} could not be downloaded ({e}). Run the command again, or "
+                              "download the file elsewhere and pass its folder: --from FOLDER"
+                              ) from None
 
 
 def write(files):
@@ -138,13 +125,88 @@ def write(files):
             part.unlink(missing_ok=True)
 
 
+def invent(folder, count=30):
+    """Write `count` made-up rows per file, three for each meaning representation."""
+    files = {}
+    for i, split in enumerate(ROWS):
+        rows = []
+        for j in range(count):
+            place = f"Place {i * count + j // 3}"   # no file has a prompt of another one
+            food = ("Thai", "Italian", "Indian")[j // 3 % 3]
+            texts = (f"{place} serves {food} food .", f"{place} has {food} dishes .",
+                     f"{place} is a restaurant , {food} .")
+            rows.append({"prompt": f"name : {place} | food : {food}", "completion": texts[j % 3]})
+        files[folder / f"{split}.jsonl"] = as_jsonl(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(files)
+
+
+# Texts -------------------------------------------------------------------------------------------
+
+def generate(run, prompts, args):
+    """One text per prompt, by beam search or greedily."""
+    stop = run.tok.eot_token
+    if args.greedy:
+        search = partial(run.model.generate, max_new_tokens=GREEDY_TOKENS, stop=stop)
+    else:                                           # SmolLM2 is a model of transformers already
+        model = getattr(run.model, "lm", None) or in_transformers(run.model)
+        search = partial(beam_search, model, max_new_tokens=BEAM_TOKENS, stop=stop,
+                         n_beams=args.beams, length_penalty=args.length_penalty)
+    texts = []
+    for i in range(0, len(prompts), args.batch_size):
+        rows = [data.encode(run.tok, prompt, "") for prompt in prompts[i:i + args.batch_size]]
+        with distributed.autocast(run.settings.dtype, run.device):
+            new = search([row.ids[:row.prompt_len] for row in rows])
+        texts += [run.tok.decode(text).strip() for text in new]
+        print(f"{len(texts)} of {len(prompts)} texts", flush=True)
+    return texts
+
+
+def in_transformers(gpt):
+    """The same weights as transformers' GPT-2, which has beam search. Merges the adapters."""
+    import transformers
+    merge_into_base(gpt)
+    c = gpt.config
+    config = transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size,
+                                     n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+                                     bos_token_id=None, eos_token_id=None)
+    model = transformers.GPT2LMHeadModel(config).to(gpt.wte.weight)
+    model.transformer.load_state_dict(gpt.hf_state_dict())
+    return model
+
+
+def beam_search(model, prompts, max_new_tokens, stop, n_beams=10, length_penalty=0.9):
+    """
+    The best text for each prompt, by a model of transformers. As in the script of the LoRA authors,
+    no text contains the same 4-gram twice, but it may repeat those of its prompt: otherwise it
+    could not mention a name of four tokens.
+    """
+    import transformers
+    longest = max(map(len, prompts))
+    no_repetition = transformers.NoRepeatNGramLogitsProcessor(4)
+    return by_transformers(model, prompts, max_new_tokens, stop, num_beams=n_beams,
+                           length_penalty=length_penalty,
+                           logits_processor=[lambda ids, p: no_repetition(ids[:, longest:], p)])
+
+
+@torch.inference_mode()
+def by_transformers(model, prompts, max_new_tokens, stop=None, **options):
+    """What a model of transformers adds to prompts, lists of ids of any length, before `stop`.
+    Raises ValueError if this is too long for it."""
+    longest = max(map(len, prompts))
+    block_size = model.config.max_position_embeddings
+    if longest + max_new_tokens > block_size + 1:           # the last new token is never read
+        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the "
+                         f"model's block of {block_size}")
+    idx = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    rows = model.eval().generate(idx.to(model.device), attention_mask=mask.to(model.device),
+                                 max_new_tokens=max_new_tokens, do_sample=False,
+                                 eos_token_id=stop, pad_token_id=stop or 0, **options)
+    return [row[:row.index(stop)] if stop in row else row for row in rows[:, longest:].tolist()]
+
+
 # Scores ------------------------------------------------------------------------------------------
-
-def every_nth(items, count):
-    """`count` items at equal distances. Results files contain losses on these rows, so they stay
-    the same whatever data.load selects."""
-    return items[::max(1, len(items) // max(1, count))][:count]
-
 
 def score(args):
     references = read_references(args.data / "test.jsonl")
@@ -153,28 +215,18 @@ def score(args):
         prompts = every_nth(prompts, args.prompts)
     check_arguments(args, len(prompts))
     if prompts:
-        text_scores.report_missing_packages()
-    changes = {"model": args.base} if args.base else {}
-    saved, settings = checkpoint.open_run(args.checkpoint, changes, args.alpha)
-    device = distributed.pick_device(args.device)
-    model = checkpoint.start_model(settings, device)
-    tok = data.tokenizer(model.config.vocab_size)
+        text_scores.report_missing_packages(args.greedy)
+    run = Measured(args.checkpoint, args.base, args.alpha, args.device)
     if not args.untrained:
-        checkpoint.restore(saved, model)
-
-    def loss(name, block_size):
-        task, = data.load([str(name)], tok, block_size, eval_rows=1_000_000)
-        task.valid = every_nth(task.valid, 400)
-        return evaluate(model, [task], settings, device)[task.name]["loss"]
-
-    found = {"valid_loss": loss(args.data, settings.block_size)}
-    if not math.isfinite(found["valid_loss"]):
-        raise ValueError(f"{args.checkpoint}: the loss on {args.data} is {found['valid_loss']}")
+        checkpoint.restore(run.saved, run.model)
+    found = {"mean.loss": run.loss([str(args.data)], 400)}
+    if not math.isfinite(found["mean.loss"]):
+        raise ValueError(f"{args.checkpoint}: the loss on {args.data} is {found['mean.loss']}")
     if args.text:
-        found["text_loss"] = loss(args.text, WINDOW)
+        found["text.loss"] = run.loss([args.text], 400, WINDOW)
     if prompts:
         found["decoding"] = decoding(args)
-        texts = generate(model, prompts, tok, settings, device, args)
+        texts = generate(run, prompts, args)
         found["texts"] = dict(zip(prompts, texts))
         write_result(args, found)                   # not lost if a scorer fails
         wanted = [references[prompt] for prompt in prompts]
@@ -213,23 +265,6 @@ def read_references(path):
     return found
 
 
-def generate(model, prompts, tok, settings, device, args):
-    """One text per prompt, by beam search or greedily."""
-    texts = []
-    for i in range(0, len(prompts), args.batch_size):
-        rows = [data.encode(tok, prompt, "") for prompt in prompts[i:i + args.batch_size]]
-        ids = [row.ids[:row.prompt_len] for row in rows]
-        with distributed.autocast(settings.dtype, device):
-            if args.greedy:
-                new = model.generate(ids, GREEDY_TOKENS, stop=tok.eot_token)
-            else:       # a model with another cache than GPT's has its own beam search
-                search = getattr(model, "beam_search", partial(beam_search, model))
-                new = search(ids, BEAM_TOKENS, tok.eot_token, args.beams, args.length_penalty)
-        texts += [tok.decode(text).strip() for text in new]
-        print(f"{len(texts)} of {len(prompts)} texts", flush=True)
-    return texts
-
-
 def decoding(args):
     if args.greedy:
         return "greedy decoding"
@@ -239,16 +274,14 @@ def decoding(args):
 def result_path(args):
     if args.out:
         return args.out
-    end = "score" if args.greedy else "beam"
-    if args.untrained:
-        end = "untrained" if args.greedy else "untrained-beam"
+    end = "untrained" if args.untrained else "test"
     return args.checkpoint.with_name(f"{args.checkpoint.stem}-{end}.json")
 
 
 def report(args, found, n_prompts):
-    losses = f"loss {found['valid_loss']:.3f}"
+    losses = f"loss {found['mean.loss']:.3f}"
     if args.text:
-        losses += f", on {args.text} {found['text_loss']:.3f}"
+        losses += f", on {args.text} {found['text.loss']:.3f}"
     print(f"\n{result_path(args)}: {losses}")
     if not n_prompts:
         return
@@ -266,12 +299,13 @@ def report(args, found, n_prompts):
 # Command -----------------------------------------------------------------------------------------
 
 def parse(argv=None):
-    p = cli.parser(__doc__, "python experiments/e2e.py {get,score} ...")
+    p = cli.parser(__doc__, "python experiments/e2e.py {get,invent,score} ...")
     commands = p.add_subparsers(dest="command", required=True)
     add = commands.add_parser("get", allow_abbrev=False).add_argument
     add("path", type=Path, help="a folder for the data, or a .pt file for the authors' adapter")
     add("--from", dest="source", metavar="SOURCE", help="a folder that contains the original files "
         "(train.txt, valid.txt, test.txt, or gpt2_md_lora_e2e.pt), or another base URL")
+    commands.add_parser("invent", allow_abbrev=False).add_argument("path", type=Path)
     add = commands.add_parser("score", allow_abbrev=False).add_argument
     add("checkpoint", type=Path, help="a checkpoint of train.py, or an adapter")
     add("--data", type=Path, required=True, help="the folder that `get` wrote")
@@ -294,10 +328,12 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     with cli.one_line_errors():
-        if args.command == "get":
+        if args.command == "score":
+            score(args)
+        elif args.command == "get":
             get(args.path, args.source)
         else:
-            score(args)
+            invent(args.path)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Measure runs on nano's tasks on the test set: rows that were never used for tuning.
+Measure runs on the built-in tasks on the test set: rows that were never used for tuning.
 
     python experiments/measure.py out/nano/lora-seed0.pt            # writes lora-seed0-test.json
     python experiments/measure.py out/nano/lora-instruct-seed0.pt --skills
@@ -10,7 +10,6 @@ its training rows, because it asks for what it has taught. --skills adds the los
 skills, --text that on held-out windows of a plain text; both measure forgetting. --sum measures the
 sum of several adapters, Σ w ΔW, with the one weight w that has the lowest loss on validation rows.
 """
-import argparse
 import json
 import random
 from pathlib import Path
@@ -18,7 +17,7 @@ from statistics import mean
 
 import controls         # so that its layers can be loaded
 from evaluate import evaluate
-from support import adapter_state, checkpoint, data, distributed
+from support import adapter_state, checkpoint, cli, data, distributed
 from support.tasks import MIXTURE, builtin
 
 ROWS = 200
@@ -41,12 +40,19 @@ def test_rows(name):
     return list(rows.items())
 
 
-class Measured:
-    """A run whose model can be measured on several kinds of rows."""
+def every_nth(items, count):
+    """`count` items at equal distances. Results files contain losses on these rows, so they stay
+    the same whatever data.load selects."""
+    return items[::max(1, len(items) // max(1, count))][:count]
 
-    def __init__(self, path):
-        self.saved, self.settings = checkpoint.open_run(path)
-        self.device = distributed.pick_device("cpu")
+
+class Measured:
+    """A run whose model can be measured on several kinds of rows; it begins as the base model."""
+
+    def __init__(self, path, base=None, alpha=None, device="cpu"):
+        changes = {"model": base} if base else {}
+        self.saved, self.settings = checkpoint.open_run(path, changes, alpha)
+        self.device = distributed.pick_device(device)
         self.model = checkpoint.start_model(self.settings, self.device)
         self.tok = data.tokenizer(self.model.config.vocab_size)
 
@@ -56,8 +62,10 @@ class Measured:
     def loss(self, names, rows, block_size=None):
         """The mean loss over tasks, on `rows` validation rows of each."""
         block_size = block_size or self.settings.block_size
-        found = self.evaluate(data.load(names, self.tok, block_size, rows))
-        return mean(r["loss"] for r in found.values())
+        tasks = data.load(names, self.tok, block_size, eval_rows=1_000_000)
+        for task in tasks:
+            task.valid = every_nth(task.valid, rows)
+        return mean(r["loss"] for r in self.evaluate(tasks).values())
 
     def test(self, names):
         """{"mean.loss": ..., "arith.exact": ...} on the test rows of these tasks."""
@@ -101,16 +109,15 @@ def measure_sum(paths):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoints", nargs="+", type=Path)
-    p.add_argument("--skills", action="store_true")
-    p.add_argument("--text", metavar="FILE", help="a .txt")
+    p = cli.parser(__doc__, "python experiments/measure.py CKPT ... [options]")
+    p.add_argument("checkpoints", nargs="+", type=Path, metavar="CKPT", help="of train.py")
+    p.add_argument("--skills", action="store_true", help="add the loss on the base's own skills")
+    p.add_argument("--text", metavar="FILE", help="add the loss on held-out windows of a .txt file")
     p.add_argument("--sum", type=Path, metavar="JSON", help="measure the sum, and write it here")
     args = p.parse_args(argv)
-    if args.sum:
-        write(args.sum, measure_sum(args.checkpoints))
-    else:
+    with cli.one_line_errors():
+        if args.sum:
+            return write(args.sum, measure_sum(args.checkpoints))
         for path in args.checkpoints:
             row = measure(path, args.skills, args.text)
             write(path.with_name(f"{path.stem}-test.json"), row)
@@ -122,4 +129,4 @@ def write(path, row):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_main(main)

@@ -7,6 +7,7 @@ A page contains <!-- NAME --> ... <!-- end --> wherever the table NAME belongs.
 """
 import re
 import textwrap
+from fnmatch import fnmatchcase
 from functools import cache
 from statistics import mean
 
@@ -97,7 +98,7 @@ def findings():
                 smollm.append(f"{task}: {outcome(own[setting])}")
         test = own["nano"]
         link = f"[{finding}](#{SECTIONS.get(test.claim['paper'], OTHERS)})"
-        lines.append((f"{link} ({test.measure})", outcome(test),
+        lines.append((f"{link} ({test.claim['measure']})", outcome(test),
                       "<br>".join(smollm) or "not tested"))
     return table(("claim (measure)", "nano", "SmolLM2-135M"), lines)
 
@@ -212,11 +213,11 @@ def blocks():
 def block_shares():
     """MultiLoRA's blocks, mean and standard deviation over the matrices and seeds."""
     lines = []
-    for setting, file in claims.BLOCKS.items():
-        rows = read_csv(file)
+    for setting in ("nano", "mixture"):
+        rows = read_csv(f"{claims.MODEL[setting]}_mixture_blocks.csv")
         line = [SETTINGS[setting], len({row["seed"] for row in rows}), rows[0]["n"]]
-        for column in ("largest", "smallest", "input", "null.input", "output", "null.output"):
-            line.append(spread(row[column] for row in rows))
+        for measure in ("largest", "smallest", "input", "null.input", "output", "null.output"):
+            line.append(spread(row[measure] for row in rows))
         lines.append(line)
     return table(("setting", "seeds", "n", "largest share", "smallest share", "φ of inputs",
                   "Gaussians", "φ of outputs", "Gaussians"), lines)
@@ -241,13 +242,13 @@ def smollm_e2e():
     columns = {"learning rate": ("lr", None), "trained": ("parameters", 0)}
     before = ["before the training", "", ""]
     base = results.runs("lora", SMOLLM)[0]
-    for head, score, *format in (("loss", "valid_loss"), ("BLEU", "bleu", 1),
-                                 ("slots named, %", "slots", 1, 100),
-                                 ("loss on novels", "text_loss")):
-        columns[head] = (f"score.{score}", *format)
-        before.append(spread([base[f"untrained.{score}"]], *format))
+    for head, measure, *format in (("loss", "mean.loss"), ("BLEU", "bleu", 1),
+                                   ("slots named, %", "slots", 1, 100),
+                                   ("loss on novels", "text.loss")):
+        columns[head] = (f"test.{measure}", *format)
+        before.append(spread([base[f"untrained.{measure}"]], *format))
     rows = runs_table(("SmolLM2-135M on E2E",), METHODS.items(), columns, SMOLLM,
-                      "score.valid_loss")
+                      "test.mean.loss")
     return f"{rows}\n| {' | '.join(before)} |"
 
 
@@ -291,20 +292,20 @@ def planted():
     return table(("search", "steps", *(f"planted {rank}" for rank in PLANTED_RANKS)), lines)
 
 
+SHARED = {                              # label: file, and pattern of the names of pairs
+    "nano: r8 and r64, two seeds": ("nano_subspaces", "lora-qv-r8 and lora-qv-r64"),
+    "nano: r64 and r64, two seeds": ("nano_subspaces", "lora-qv-r64 and *"),
+    "SmolLM2: r4 and r64, two seeds": ("smollm_subspaces", "lora-qv-r4 and lora-qv-r64"),
+    "SmolLM2: r64 and r64, two seeds": ("smollm_subspaces", "lora-qv-r64 and *"),
+    "released GPT-2: r8, different tasks": ("adapters_gpt2", "gpt2-[!s]* and *"),
+    "released GPT-2: r8, two runs on Shakespeare": ("adapters_gpt2", "gpt2-s* and *"),
+}
+
+
 def shared_directions():
-    groups = {}
-    for file in ("nano_subspaces_pairs.csv", "smollm_subspaces_pairs.csv"):
-        model = {"nano": "nano", "smollm": "SmolLM2"}[file.partition("_")[0]]
-        for row in read_csv(file):
-            first, second = row["pair"].replace("lora-qv-", "").split(" and ")
-            if second == "r64":
-                groups.setdefault(f"{model}: {first} and {second}, two seeds", []).append(row)
-    for row in read_csv("adapters_gpt2_pairs.csv"):
-        first, second = row["pair"].split(" and ")
-        kind = "two runs on Shakespeare" if first[:-1] == second[:-1] else "different tasks"
-        groups.setdefault(f"released GPT-2: r8, {kind}", []).append(row)
     lines = []
-    for label, rows in groups.items():
+    for label, (file, pairs) in SHARED.items():
+        rows = [r for r in read_csv(f"{file}_pairs.csv") if fnmatchcase(r["checkpoint"], pairs)]
         line = [label, len({(row["a"], row["b"]) for row in rows})]
         for which in ("first", "all"):
             for side in ("input", "output", "random"):
@@ -318,8 +319,9 @@ def forgetting():
     lines = []
     for name in claims.forgetting_kinds():
         run = results.runs(name, NANO)[0]
-        values = [claims.losses("nano", name, task) for task in ("instruct", "skills")]
-        values += [claims.intruder_counts(name, kind) for kind in ("real", "null")]
+        values = (claims.losses("nano", name, "instruct"), claims.losses("nano", name, "skills"),
+                  results.study(claims.INTRUDERS_OF, name, "real"),
+                  results.study(claims.INTRUDERS_OF, name, "null"))
         lines.append((run["method"], f"{run['lr']:g}", run.get("rank", ""), len(values[0]),
                       *(spread(found.values()) for found in values)))
     return table(("method", "learning rate", "rank", "seeds", "loss on instruct", "loss on skills",

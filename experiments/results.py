@@ -1,9 +1,9 @@
 """
 The files in experiments/results: how runs.py writes them, and how claims.py and pages.py read them.
 
-    nano_runs.csv, ...          a row for each finished run
+    nano_runs.csv, ...          a row for each finished run; measure.py has measured test.*
     STUDY.csv                   a row for each matrix that analyze.py studied
-    STUDY_pairs.csv             φ of two runs, for each matrix
+    STUDY_pairs.csv             φ of two runs, for each matrix; `checkpoint` names both groups
     STUDY_intruders.csv         intruder dimensions, mean over a run's matrices
     STUDY_blocks.csv            MultiLoRA's blocks, for each matrix
 
@@ -22,16 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 RESULTS = ROOT / "experiments" / "results"
 EPSILON = 0.6           # a vector with no cosine of 0.6 to any of W's is an intruder
-
-# Settings that all runs have, and those of one method
-COMMON = "method model data seed lr steps batch_size"
-OWN = {
-    "full": "",
-    "lora": "targets rank",
-    "multilora": "targets rank n_blocks scaling",
-    "autolora": "targets rank search_steps hypergrad beta_lr",
-}
-FIRST = f"name {COMMON} {OWN['multilora']} {OWN['autolora']} ranks parameters".split()
+# Settings that all runs have, and those that some methods have
+COMMON = "method model data seed lr steps batch_size".split()
+OWN = "targets rank n_blocks scaling search_steps hypergrad beta_lr".split()
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -115,33 +108,16 @@ def study(file, name, measure, over=None, **wanted):
     return {seed: mean(values[seed]) for seed in sorted(values)}
 
 
-def phi(file, pair, which, target=""):
-    """
-    {first seed: mean over the matrices} of φ. `which` is a column such as input.first, and `target`
-    selects matrices by the end of their names. `flatten` has kept disjoint pairs of seeds.
-    """
-    values = {}
-    for row in select(read_csv(file), pair=pair):
-        if row["name"].endswith(target):
-            first = min(seeds_of(row["a"], row["b"]))
-            values.setdefault(first, []).append(row[which])
-    return {first: mean(values[first]) for first in sorted(values)}
-
-
 def deviation(values):
     """The standard deviation; 0 of a single value."""
     return stdev(values) if len(values) > 1 else 0.0
 
 
-def seeds_of(*names):
-    return sorted(map(int, re.findall(r"-seed(\d+)", " ".join(names))))
-
-
 # Writing -----------------------------------------------------------------------------------------
 
-def write_csv(rows, path, columns=()):
-    """A CSV file with these columns first, then all others that occur in the rows."""
-    columns = dict.fromkeys(columns)
+def write_csv(rows, path):
+    """A CSV file with all columns that occur in the rows."""
+    columns = {}
     for row in rows:
         columns |= dict.fromkeys(row)
     part = path.with_suffix(".part")        # an interrupted call leaves the old file
@@ -153,7 +129,7 @@ def write_csv(rows, path, columns=()):
     part.replace(path)
 
 
-def update_csv(rows, path, key, columns=()):
+def update_csv(rows, path, key):
     """The same, but rows of an earlier file remain unless a new row has the same `key` columns."""
     new = {tuple(cell(row[name]) for name in key) for row in rows}
     old = []
@@ -162,7 +138,7 @@ def update_csv(rows, path, key, columns=()):
             for row in csv.DictReader(f):
                 if tuple(row[name] for name in key) not in new:
                     old.append(row)
-    write_csv(old + rows, path, columns)
+    write_csv(old + rows, path)
 
 
 def cell(value):
@@ -175,68 +151,53 @@ def cell(value):
 
 
 def collect(folder, path):
-    """Write a row for each finished run in a folder of checkpoints. Returns the runs' samples."""
+    """Write a row for each finished run in a folder of checkpoints, and for each sum of adapters
+    that was measured there."""
     from support import checkpoint
     rows = []
-    samples = {}
     for file in sorted(folder.glob("*.pt")):
         saved, settings = checkpoint.open_run(file)
         if saved["after"] is not None:
-            rows.append(run_row(file, saved, settings))
-            samples[file.stem] = saved["samples"]
-    update_csv(rows, path, ["name"], FIRST)
+            rows.append(run_row(file, saved, settings) | measured(file.stem, folder))
+    for file in sorted(folder.glob("*-summed-seed*-test.json")):
+        name = file.stem.removesuffix("-test")
+        rows.append({"name": name} | measured(name, folder))
+    update_csv(rows, path, ["name"])
     print(f"{len(rows)} runs written to {path}")
-    return samples
-
-
-def collect_sums(folder, path):
-    """Write a row for each sum of adapters that measure.py has measured."""
-    rows = []
-    for file in sorted(folder.glob("*-summed-seed*.json")):
-        row = {"name": file.stem}
-        for measure, value in json.loads(file.read_text()).items():
-            row[measure if measure == "weight" else f"test.{measure}"] = value
-        rows.append(row)
-    if rows:
-        update_csv(rows, path, ["name"])
 
 
 def run_row(file, saved, settings):
-    """Settings and results of one run, with what measure.py and e2e.py have written beside it."""
+    """The settings and the validation losses of one run."""
+    from train import METHODS
     row = {"name": file.stem}
-    for setting in f"{COMMON} {OWN[settings.method]}".split():
-        row[setting] = getattr(settings, setting)
+    for setting in COMMON + OWN:
+        has = setting in COMMON or setting in METHODS[settings.method].flags
+        row[setting] = getattr(settings, setting) if has else None
     row["data"] = [Path(task).name for task in settings.data]
     row["parameters"] = saved["parameters"]
+    if settings.ranks_from:
+        row["rank"] = None
     if "adapter" in saved:
         ranks = [len(own["A"]) for own in saved["adapter"]["tensors"].values()]
         if min(ranks) < max(ranks):
             row["ranks"] = ranks
-    if settings.ranks_from:
-        del row["rank"]
-    row |= result_columns(saved["before"], saved["after"])
+    for when in ("before", "after"):
+        row[f"mean.loss.{when}"] = mean(task["loss"] for task in saved[when].values())
     commit = file.with_suffix(".commit")
     if commit.exists():
         row["commit"] = list(dict.fromkeys(commit.read_text().split()))     # two if resumed later
-    for kind in ("test", "score", "untrained", "beam"):
-        measured = file.with_name(f"{file.stem}-{kind}.json")
-        if measured.exists():
-            for measure, value in json.loads(measured.read_text()).items():
-                if isinstance(value, (int, float)):
-                    row[f"{kind}.{measure}"] = value
     return row
 
 
-def result_columns(before, after):
-    """{"TASK.MEASURE.WHEN": value}, and the means over the tasks as task `mean`."""
+def measured(name, folder):
+    """{"test.MEASURE": number}, what measure.py and e2e.py have written about a run."""
     row = {}
-    for measure in ("loss", "exact"):
-        for when, found in (("before", before), ("after", after)):
-            values = {task: r[measure] for task, r in found.items() if measure in r}
-            if values:
-                row[f"mean.{measure}.{when}"] = mean(values.values())
-            for task, value in values.items():
-                row[f"{task}.{measure}.{when}"] = value
+    for kind in ("test", "untrained"):
+        file = folder / f"{name}-{kind}.json"
+        if file.exists():
+            for measure, value in json.loads(file.read_text()).items():
+                if isinstance(value, (int, float)):
+                    row[f"{kind}.{measure}"] = value
     return row
 
 
@@ -249,7 +210,7 @@ def flatten(folder, prefix):
     if "spectrum" in found or "amplification" in found:
         tables.append(("", list(map(flat, found["records"])), run))
     if "subspace" in found:
-        tables.append(("_pairs", pair_rows(found["subspace"]), ["pair", "a", "b"]))
+        tables.append(("_pairs", pair_rows(found["subspace"]), ["checkpoint", "a", "b"]))
     if "intruders" in found:
         tables.append(("_intruders", intruder_rows(found["intruders"]), run))
     if "blocks" in found:
@@ -273,9 +234,11 @@ def pair_rows(records):
     """φ of the first direction and of all, for disjoint pairs of seeds: 0 and 1, 2 and 3, ..."""
     rows = []
     for record in records:
-        seeds = seeds_of(record["a"], record["b"])
+        seeds = sorted(map(int, re.findall(r"-seed(\d+)", f"{record['a']} {record['b']}")))
         if len(seeds) < 2 or seeds[0] % 2 == 0 and seeds[1] == seeds[0] + 1:
-            row = flat(record)
+            row = {"checkpoint": record["pair"], "seed": seeds[0] if seeds else None,
+                   "a": record["a"], "b": record["b"], "name": record["name"],
+                   "target": record["name"].rpartition(".")[2]}
             for side in ("input", "output", "random"):
                 row[f"{side}.first"], row[f"{side}.all"] = record[side]
             rows.append(row)

@@ -5,6 +5,7 @@ has the calls of analyze.py that follow.
     python experiments/runs.py nano                         # four to five hours on two cores
     python experiments/runs.py nano lora full --seeds 4     # some groups, such as a claim's
     python experiments/runs.py smollm --list                # print the commands and run nothing
+    python experiments/runs.py medium --shared . --jobs 1   # GPT-2 medium: see gpt2_medium.sh
     python experiments/runs.py adapters                     # analyse adapters trained by others
     python experiments/runs.py nano --quick                 # rehearse everything on a small scale
 
@@ -17,9 +18,9 @@ from their checkpoints. RUN.commit contains the commit of the code.
 """
 import argparse
 import csv
-import json
 import lzma
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ import results
 from results import ROOT
 
 FIGURES = ROOT / "experiments" / "figures"
-SETTINGS = {"nano": ["nano"], "smollm": ["e2e", "mixture"], "adapters": []}
+SETTINGS = {"nano": ["nano"], "smollm": ["e2e", "mixture"], "medium": ["medium"], "adapters": []}
 # Flags that all runs of a setting share, and those that make a rehearsal short
 FLAGS = {
     "nano": "--steps 300 --batch_size 32 --grad_accum 2 --beta2 0.98 --warmup 0.2 --eval_rows 20 "
@@ -40,16 +41,20 @@ FLAGS = {
            "--steps 150",
     "mixture": "--data mixture --batch_size 32 --eval_rows 20 --eval_every 100 --dtype bf16 "
                "--steps 100",
+    "medium": "--model gpt2-medium --data {shared}/data/e2e --steps 26290 --batch_size 8 "
+              "--warmup 0.019 --label_smoothing 0.1 --eval_rows 400 --eval_every 1000",
 }
 QUICK = {"nano": "--steps 8 --eval_rows 4", "e2e": "--steps 1 --eval_rows 2",
-         "mixture": "--steps 1 --eval_rows 2"}
+         "mixture": "--steps 1 --eval_rows 2",
+         "medium": "--model nano --steps 3 --eval_rows 2 --eval_every 2"}
 SCORE = "smollm.py e2e score {out} --greedy --data {shared}/data/e2e"
 MEASURES = {                                    # what follows the training of a run
     "test": "measure.py {out}",
     "test+skills": "measure.py {out} --skills",
     "test+novels": "smollm.py measure {out} --text {dir}/novels.txt",
     "loss": f"{SCORE} --prompts 0",
-    "texts": f"{SCORE} --text {{dir}}/novels.txt --prompts {{prompts}}",
+    "texts": f"{SCORE} --text {{dir}}/novels.txt --prompts 200 {{few}}",
+    "beam": "e2e.py score {out} --data {shared}/data/e2e {few}",
 }
 
 
@@ -84,24 +89,19 @@ def choose(groups, patterns):
 class Job:
     """A command, and the rule by which make runs it."""
     name: str
-    program: str
-    flags: str
+    command: str
     needs: list                                 # names of jobs that come before
-    checkpoint: Path = None                     # of a training run, which can be resumed
-
-    def command(self):
-        return f"python {self.program} {self.flags}".strip()
+    resume: str = ""                            # instead of the command, if there is a checkpoint
 
     def rule(self, folder):
-        command = self.command()
-        if self.checkpoint is not None:
-            resume = f"python {self.program} --resume {self.checkpoint}"
-            command = f"if [ -s {self.checkpoint} ]; then {resume}; else {command}; fi"
+        path = f"{folder}/{self.name}"
+        command = self.command
+        if self.resume:
+            command = f"if [ -s {path}.pt ]; then {self.resume}; else {command}; fi"
         needs = " ".join(f"{name}.done" for name in self.needs)
-        log = f"{folder}/{self.name}"
         return (f"{self.name}.done: {needs}\n\t@echo {self.name}\n"
-                f"\t@cd {ROOT} && git rev-parse --short HEAD >>{log}.commit 2>/dev/null || true\n"
-                f"\t@cd {ROOT} && ({command}) >>{log}.log 2>&1\n\t@touch $@\n")
+                f"\t@cd {ROOT} && git rev-parse --short HEAD >>{path}.commit 2>/dev/null || true\n"
+                f"\t@cd {ROOT} && ({command}) >>{path}.log 2>&1\n\t@touch $@\n")
 
 
 def jobs_of(name, row, args, folder):
@@ -111,38 +111,33 @@ def jobs_of(name, row, args, folder):
         run = f"{name}-seed{seed}"
         out = folder / f"{run}.pt"
         paths = {"dir": folder, "shared": args.shared, "seed": seed, "out": out,
-                 "prompts": 2 if args.quick else 200}
+                 "few": "--prompts 2" if args.quick else ""}
+        program = f"python {row['program']}".format(**paths).strip()
         needs = [f"{needed}-seed{seed}" for needed in row["needs"].split()]
         if row["measure"] == "no training":
-            found.append(Job(run, script(row["program"], paths), "", needs))
+            found.append(Job(run, program, needs))
             continue
-        flags = f"{FLAGS[row['setting']]} {row['flags']}"
+        flags = f"{FLAGS[row['setting']]} {row['flags']}".format(**paths)
         if args.quick:
+            flags = re.sub(r"--search_steps \d+", "--search_steps 2", flags)
             flags += f" {QUICK[row['setting']]}"
         training_seed = seed + int(row["seed_offset"] or 0)
-        found.append(Job(run, script(row["program"], paths),
-                         f"{flags.format(**paths)} --seed {training_seed} --out {out}", needs, out))
+        found.append(Job(run, f"{program} {flags} --seed {training_seed} --out {out}", needs,
+                         f"{program} --resume {out}"))
         if row["measure"]:
-            measure = script(MEASURES[row["measure"]], paths)
-            found.append(Job(f"{run}-measure", measure, "", [run]))
+            measure = f"python experiments/{MEASURES[row['measure']]}".format(**paths).strip()
+            found.append(Job(f"{run}-measure", measure, [run]))
     return found
-
-
-def script(program, paths):
-    """train.py, or a script of this folder with its own arguments."""
-    if program == "train.py":
-        return program
-    return f"experiments/{program.format(**paths)}"
 
 
 def run_all(jobs, folder, at_once):
     """Run what is missing. Exits if a job has been started with another command, or fails."""
     for job in jobs:
         known = folder / f"{job.name}.command"
-        if known.exists() and known.read_text() != job.command():
+        if known.exists() and known.read_text() != job.command:
             sys.exit(f"{job.name} was started with another command (see {known}): move {folder} "
                      "away")
-        known.write_text(job.command())
+        known.write_text(job.command)
     targets = " ".join(f"{job.name}.done" for job in jobs)
     rules = [f"all: {targets}\n", *[job.rule(folder) for job in jobs]]
     (folder / "Makefile").write_text("\n".join(rules))
@@ -164,20 +159,11 @@ def publish(args, folder):
         for name in study["inputs"].split():
             if args.experiment == "adapters":
                 inputs.append(args.shared / "adapters" / name)
-            else:
-                inputs += [path for path in sorted(folder.glob(f"{name}-seed*.pt"))
-                           if not path.name.startswith(("pilot", "sweep"))]
+            inputs += sorted(folder.glob(f"{name}-seed*.pt"))
         if inputs:
             analyse(study, inputs, args, folder)
     if args.experiment != "adapters":
-        samples = results.collect(folder, args.results / f"{args.experiment}_runs.csv")
-    if args.experiment == "smollm":
-        path = args.results / "smollm_samples.json"
-        if path.exists():
-            samples = json.loads(path.read_text()) | samples
-        path.write_text(json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
-    if args.experiment == "nano":
-        results.collect_sums(folder, args.results / "nano_summed.csv")
+        results.collect(folder, args.results / f"{args.experiment}_runs.csv")
     if args.experiment == "nano" and args.results == results.RESULTS:
         shown = folder / "front-page"           # the last screen of `python train.py`
         shutil.rmtree(shown, ignore_errors=True)
@@ -189,13 +175,12 @@ def publish(args, folder):
 
 def analyse(study, inputs, args, folder):
     """What analyze.py prints, its numbers, and its published figures."""
-    program = ["experiments/smollm.py", "analyze"] if "smollm" in study["study"] else ["analyze.py"]
+    program = ["analyze.py"]
+    if args.experiment == "smollm":
+        program = ["experiments/smollm.py", "analyze"]
     flags = study["flags"].format(shared=args.shared).split()
-    impossible = {"subspace"} if len(inputs) < 2 else set()
-    for method, needed_by in (("multilora", "blocks"), ("autolora", "ranks")):
-        if not any(path.name.startswith(method) for path in inputs):
-            impossible.add(needed_by)
-    flags = [flag for flag in flags if flag not in impossible]
+    if len(inputs) < 2 and "subspace" in flags:
+        flags.remove("subspace")
     out = folder / study["study"]
     printed = run([*program, *inputs, *flags, "--out", out])
     (args.results / f"{out.name}.txt").write_text(printed.split("\nfigures and ")[0] + "\n")
@@ -240,7 +225,7 @@ def main(argv=None):
         jobs += jobs_of(name, row, args, folder)
     if args.list:
         for job in jobs:
-            print(job.command())
+            print(job.command)
         return
     folder.mkdir(parents=True, exist_ok=True)
     if args.experiment == "smollm" and not (folder / "novels.txt").exists():

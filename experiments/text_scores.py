@@ -10,12 +10,16 @@ from collections import Counter
 from importlib.util import find_spec
 
 
-def report_missing_packages():
-    """Print which scores will be left out. Raise ValueError if BLEU is one of them."""
+def report_missing_packages(greedy):
+    """Print which scores will be left out. Raise ValueError if BLEU or beam search cannot be
+    computed."""
     if not can_use_coco():
         print("METEOR, ROUGE-L and CIDEr are left out: they need pycocoevalcap (pip) and Java")
     if not find_spec("sacrebleu"):
         raise ValueError("BLEU and NIST need sacrebleu: pip install sacrebleu")
+    if not (greedy or find_spec("transformers")):
+        raise ValueError("beam search needs transformers: pip install transformers, or pass "
+                         "--greedy")
 
 
 def can_use_coco():

@@ -72,9 +72,9 @@ def test_every_run_that_a_claim_names_is_in_the_grid():
     grid = runs.read_grid(["nano", "e2e", "mixture"])
     groups = {row["group"] for row in grid.values()}
     for test in claims.tests():
-        if test.measure.startswith("loss"):
+        if test.claim["measure"].startswith("loss"):
             for name in test.names:
-                assert name in groups, test.claim["claim"]
+                assert name in {*groups, "skills", "text"}, test.claim["claim"]
 
 
 # From made-up results ----------------------------------------------------------------------------
@@ -166,11 +166,10 @@ def test_one_shared_direction_is_no_sign_of_others(made_up):
     rows = []
     for seed in (0, 2):
         for target, more in (("q", 0.01), ("v", -0.01)):
-            rows.append({"pair": "a-r8 and a-r64", "a": f"a-r8-seed{seed}",
-                         "b": f"a-r64-seed{seed + 1}", "name": f"h.0.attn.{target}",
+            rows.append({"checkpoint": "a-r8 and a-r64", "seed": seed, "target": target,
                          "input.all": (1 + 7 * 0.5) / 8 + 0.001 * seed + more, "random.all": 0.5,
                          "input.first": 0.9, "random.first": 0.1})
-            rows.append(rows[-1] | {"pair": "a-r8 and a-r8"})
+            rows.append(rows[-1] | {"checkpoint": "a-r8 and a-r8"})
     made_up("nano_subspaces_pairs.csv", rows)
     further = claims.further_shared("nano", "a-r8", "a-r64")
     assert further.effects() == pytest.approx([0, -0.002])
@@ -183,7 +182,7 @@ def test_blocks_are_compared_with_gaussians_and_with_equal_shares(made_up):
     for seed, smallest in ((0, 0.1), (0, 0.2), (1, 0.25)):
         rows.append({"checkpoint": "a", "seed": seed, "n": 4, "smallest": smallest, "input": 0.3,
                      "null.input": 0.1, "output": 0.2, "null.output": 0.1})
-    made_up("nano_methods_blocks.csv", rows)
+    made_up("nano_mixture_blocks.csv", rows)
     assert claims.block_overlap("nano", "a", "input").effects() == pytest.approx([0.2] * 2)
     assert claims.block_overlap("nano", "a", "output").effects() == pytest.approx([0.1] * 2)
     assert claims.smallest_block("nano", "a").effects() == pytest.approx([0.1, 0.5])

@@ -13,11 +13,11 @@ import torch
 
 import analyze
 import e2e
-import rehearsal
+import lora
 import smollm
 import text_scores
 import train
-from conftest import ROOT, TINY, random_gpt
+from conftest import ROOT, TINY, random_gpt, randomise
 from support import data
 from test_readme import commands
 
@@ -29,7 +29,8 @@ SHARED = ROOT.parent / "shared"
 ROWS = {"train": 30, "valid": 6, "test": 6}         # few, so that the tests are fast
 FILES = {}
 for split, count in ROWS.items():
-    FILES[f"/{split}.txt"] = rehearsal.e2e_file(count, first_place=0).encode()
+    lines = [f"name : Place {i} | area : river||Place {i} is at the river . \n" for i in range(count)]
+    FILES[f"/{split}.txt"] = "".join(lines).encode()
 TEST = FILES["/test.txt"]
 
 
@@ -82,12 +83,11 @@ def test_a_complete_download(tmp_path, capsys, few_rows):
         "test.jsonl", "train.jsonl", "valid.jsonl"]
     rows = data.read_jsonl(folder / "valid.jsonl")
     assert len(rows) == 6
-    assert rows[3] == ("name : Place 1 | food : Italian | area : city centre",
-                       "Place 1 serves Italian food at the city centre .")
+    assert rows[3] == ("name : Place 3 | area : river", "Place 3 is at the river .")
 
 
 @pytest.mark.parametrize("files, cut, message", [
-    (FILES, "/test.txt", "ended after|IncompleteRead"),
+    (FILES, "/test.txt", "could not be downloaded .*IncompleteRead"),
     (FILES | {"/test.txt": TEST[TEST.index(b"\n") + 1:]}, None, "5 rows, but E2E has 6"),
     (FILES | {"/test.txt": TEST.replace(b"||", b"|")}, None, r"test\.txt, line 1: .* no \|\|"),
     (FILES | {"/test.txt": b"a || b\nc || \n"}, None, r"test\.txt, line 2: .* is empty"),
@@ -209,11 +209,7 @@ def test_bleu_of_texts_with_different_numbers_of_references():
 def run(tmp_path, monkeypatch):
     """The folder of a run of two steps on a small data/e2e, in bytes."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "data" / "e2e"
-    folder.mkdir(parents=True)
-    for split in e2e.ROWS:
-        rows = e2e.parse_rows(rehearsal.e2e_file(15, first_place=0).encode(), split)
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    e2e.main(["invent", "data/e2e"])
     train.main("--data data/e2e --targets q v --rank 4 --alpha 32 --steps 2 --batch_size 4 "
                "--eval_rows 2 --device cpu --out out/e2e.pt".split())
     return tmp_path
@@ -229,16 +225,17 @@ def test_a_checkpoint_is_scored(run, capsys, monkeypatch):
     assert row.split()[-6:] == ["70.4", "8.85", "46.8", "71.8", "2.53", "-"]
     assert "3 meaning representations, beam search, 2 beams, length penalty 0.9" in said
     monkeypatch.setattr(e2e, "beam_search", None)               # it must not be called
-    e2e.main([*command, "--greedy"])
+    e2e.main([*command, "--greedy", "--out", "out/greedy.json"])
     e2e.main([*command, "--greedy", "--untrained"])
     found = {}
-    for end in ("beam", "score", "untrained"):
-        found[end] = json.loads((run / "out" / f"e2e-{end}.json").read_text())
-        assert found[end].keys() >= {"valid_loss", "bleu", "nist", "slots"}
-        assert len(found[end]["texts"]) == 3
-    assert "text_loss" in found["beam"]
-    assert found["score"]["valid_loss"] == found["beam"]["valid_loss"]
-    assert found["score"]["valid_loss"] < found["untrained"]["valid_loss"]
+    files = {"test": "e2e-test.json", "greedy": "greedy.json", "untrained": "e2e-untrained.json"}
+    for name, file in files.items():
+        found[name] = json.loads((run / "out" / file).read_text())
+        assert found[name].keys() >= {"mean.loss", "bleu", "nist", "slots"}
+        assert len(found[name]["texts"]) == 3
+    assert "text.loss" in found["test"]
+    assert found["greedy"]["mean.loss"] == found["test"]["mean.loss"]
+    assert found["greedy"]["mean.loss"] < found["untrained"]["mean.loss"]
 
 
 def test_texts_are_kept_if_a_scorer_fails(run, monkeypatch):
@@ -250,7 +247,7 @@ def test_texts_are_kept_if_a_scorer_fails(run, monkeypatch):
     monkeypatch.setattr(text_scores, "text_scores", failing_scores)
     with pytest.raises(RuntimeError):
         e2e.main("score out/e2e.pt --data data/e2e --device cpu --greedy --prompts 2".split())
-    found = json.loads((run / "out" / "e2e-score.json").read_text())
+    found = json.loads((run / "out" / "e2e-test.json").read_text())
     assert len(found["texts"]) == 2
 
 
@@ -258,7 +255,7 @@ def test_a_result_with_other_texts_is_not_replaced(run, capsys):
     pytest.importorskip("sacrebleu")
     command = "score out/e2e.pt --data data/e2e --device cpu --beams 2".split()
     e2e.main([*command, "--prompts", "2"])
-    file = run / "out" / "e2e-beam.json"
+    file = run / "out" / "e2e-test.json"
     before = file.read_text()
     for flags in ("--prompts 1", "--prompts 2 --length_penalty 1", "--prompts 0"):
         assert "already has 2 texts by beam search, 2 beams" in failure(command + flags.split(),
@@ -291,17 +288,51 @@ def test_losses_alone_need_no_package(run, capsys, monkeypatch):
     command = ["score", "out/e2e.pt", "--data", "data/e2e", "--device", "cpu"]
     assert "pip install sacrebleu" in failure(command, capsys)
     e2e.main([*command, "--prompts", "0"])
-    found = json.loads((run / "out" / "e2e-beam.json").read_text())
-    assert found.keys() == {"valid_loss"}
+    found = json.loads((run / "out" / "e2e-test.json").read_text())
+    assert found.keys() == {"mean.loss"}
 
 
 def test_missing_packages_are_reported(capsys, monkeypatch):
     monkeypatch.setattr(text_scores, "find_spec", lambda name: name == "sacrebleu")
-    text_scores.report_missing_packages()
+    text_scores.report_missing_packages(greedy=True)
     assert "METEOR, ROUGE-L and CIDEr are left out" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="beam search needs transformers"):
+        text_scores.report_missing_packages(greedy=False)
 
 
-def test_smollm_has_the_same_search(monkeypatch):
+# Beam search by transformers ---------------------------------------------------------------------
+
+def test_transformers_gets_the_adapted_model():
+    """The same logits, and the same greedy texts for prompts of different lengths."""
+    pytest.importorskip("transformers")
+    model = randomise(lora.inject(random_gpt(), "q v down", rank=4)).eval()
+    idx = torch.arange(18).view(2, 9)
+    with torch.no_grad():
+        logits, _ = model(idx)
+        prompts = [[1, 2, 3, 4], [5]]
+        greedy = model.generate(prompts, 12)
+        theirs = e2e.in_transformers(model).eval()
+        torch.testing.assert_close(theirs(idx).logits, logits, rtol=1e-9, atol=1e-9)
+    assert e2e.by_transformers(theirs, prompts, 12) == greedy
+    stop = greedy[0][5]
+    assert e2e.by_transformers(theirs, prompts, 12, stop) == model.generate(prompts, 12, stop)
+    searched = e2e.beam_search(theirs, prompts, 4, None)        # 4 tokens cannot repeat a 4-gram
+    gains = []
+    for prompt, text, other in zip(prompts, searched, greedy):
+        gains.append((log_p(model, prompt, text) - log_p(model, prompt, other[:4])).item())
+    assert min(gains) >= 0 and max(gains) > 0.01
+    with pytest.raises(ValueError, match="4 tokens and 62 new ones exceed the model's block of 64"):
+        e2e.beam_search(theirs, prompts, 62, None)
+    assert len(e2e.by_transformers(theirs, prompts, 61)[0]) == 61
+
+
+def log_p(model, prompt, text):
+    logits, _ = model(torch.tensor([prompt + text]))
+    steps = logits[0, len(prompt) - 1:-1].log_softmax(-1)
+    return steps[range(len(text)), text].sum()
+
+
+def test_a_text_repeats_no_4_gram_of_its_own_but_those_of_its_prompt(monkeypatch):
     """A random model of SmolLM2's kind in which the next token depends on the last one only."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -310,21 +341,25 @@ def test_smollm_has_the_same_search(monkeypatch):
     llama = transformers.LlamaForCausalLM(config)
     for name, p in llama.named_parameters():
         p.data *= 0 if "o_proj" in name or "down_proj" in name else 20
-    monkeypatch.setattr(smollm, "from_file", lambda kind: llama)
-    model = smollm.SmolLM()
-    text, = model.beam_search([[5]], 20, None, 4, 0.9)
+    text, = e2e.beam_search(llama, [[5]], 20, None, 4)
     ngrams = {tuple(text[i:i + 4]) for i in range(17)}
     assert len(text) == 20 and len(ngrams) == 17
-    repetitive = [5, *text, 5]                          # the text may repeat what its prompt has
-    assert model.beam_search([repetitive, [5]], 20, None, 4, 0.9) == [text, text]
-    stopped, = model.beam_search([[5]], 20, text[6], 4, 0.9)
+    repetitive = [5, *text, 5]
+    assert e2e.beam_search(llama, [repetitive, [5]], 20, None, 4) == [text, text]
+    stopped, = e2e.beam_search(llama, [[5]], 20, text[6], 4)
     assert text[6] not in stopped
+    monkeypatch.setattr(smollm, "from_file", lambda kind: llama)
+    model = smollm.SmolLM().train()
+    logits, _ = model(torch.arange(101)[:, None])
+    likeliest = logits[:, 0].argmax(-1).tolist()
+    greedy = [likeliest[5], likeliest[likeliest[5]]]
+    assert model.generate([[5], [1, 5]], 2) == [greedy, greedy] and model.training
 
 
 def test_every_command_has_valid_arguments():
     """Those in the docstring and on the pages."""
     found = re.findall(r"^    python experiments/e2e.py ([^#\n]*)", e2e.__doc__, re.M)
-    assert len(found) == 4
+    assert len(found) == 5
     for arguments in [*map(str.split, found), *commands("experiments/e2e.py")]:
         assert e2e.parse(arguments).command == arguments[0]
 
@@ -338,7 +373,12 @@ def test_side_by_side_with_an_adapter_of_loralib(tmp_path):
     ours, theirs = str(tmp_path / "ours.pt"), str(tmp_path / "theirs.pt")
     train.main(["--model", base, "--out", ours, *"--data facts --targets q v up --rank 4 --steps 2 "
                 "--batch_size 4 --eval_rows 2 --device cpu".split()])
-    torch.save(rehearsal.authors_adapter(TINY, rank=2), theirs)
+    adapter = {}
+    for i in range(TINY.n_layer):               # q and v, rank 2, in one matrix A and one matrix B
+        layer = f"module.transformer.h.{i}.attn.c_attn"
+        adapter[f"{layer}.lora_A"] = torch.randn(2 * 2, TINY.n_embd)
+        adapter[f"{layer}.lora_B"] = torch.randn(2 * TINY.n_embd, 2)
+    torch.save({"model_state_dict": adapter}, theirs)
     out = tmp_path / "out"
     analyze.main([ours, theirs, "--alpha", "32", "--base", base, "--out", str(out)])
     found = json.loads((out / "analysis.json").read_text())

@@ -200,10 +200,10 @@ def test_the_number_of_planted_faults():
     ("nano_runs.csv", "test.mean.loss", "autolora uniform"),
     ("nano_runs.csv", "test.mean.loss", "lora-r1 lora-r64"),
     ("nano_runs.csv", "test.mean.loss", "lora-r1 lora-qv-r64"),
-    ("smollm_runs.csv", "score.valid_loss", "lora full multilora"),
-    ("smollm_runs.csv", "score.valid_loss", "autolora lora lora-all-r8"),
-    ("smollm_runs.csv", "score.valid_loss", "lora-qv-r1 lora-qv-r4 lora-qv-r64"),
-    ("smollm_runs.csv", "score.valid_loss", "lora-all-r1 lora-qv-r64")])
+    ("smollm_runs.csv", "test.mean.loss", "lora full multilora"),
+    ("smollm_runs.csv", "test.mean.loss", "autolora lora lora-all-r8"),
+    ("smollm_runs.csv", "test.mean.loss", "lora-qv-r1 lora-qv-r4 lora-qv-r64"),
+    ("smollm_runs.csv", "test.mean.loss", "lora-all-r1 lora-qv-r64")])
 def test_what_to_choose_has_the_numbers_of_the_results(file, column, runs):
     """A cell that compares runs has their means over the seeds that all of them have."""
     losses = {run: {} for run in runs.split()}
