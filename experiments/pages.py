@@ -378,10 +378,9 @@ def all_learning_rates():
 def training_steps():
     lines = []
     for name, row in read_json("bench_cpu.json")["training"].items():
-        lines.append((name, f"{row['parameters']:,}", *ratio(row), f"{row['saved_MB']:.0f}",
-                      f"{row['optimizer_MB']:.1f}"))
+        lines.append((name, f"{row['parameters']:,}", *ratio(row), f"{row['saved_MB']:.0f}"))
     return table(("a training step", "trained", "time / LoRA's", "quartiles",
-                  "saved for backward, MB", "AdamW's state, MB"), lines)
+                  "saved for backward, MB"), lines)
 
 
 def forward_passes():
