@@ -93,7 +93,8 @@ class Test:
     verdict: str
 
     def label(self):
-        return f"{self.claim['measure']}: {', '.join(self.names)}"
+        groups = [name for name in self.names if name not in ("skills", "text")]    # tasks
+        return f"{self.claim['measure']}: {', '.join(groups)}"
 
 
 # The rule ----------------------------------------------------------------------------------------

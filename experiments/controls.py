@@ -145,11 +145,14 @@ def main(argv=None):
     p.add_argument("--found", help="a finished run of --method autolora")
     p.add_argument("--null", help="another one, for --ranks null")
     args, flags = p.parse_known_args(argv)
+    if args.ranks and not args.found or args.ranks == "null" and not args.null:
+        p.error(f"--ranks {args.ranks} also needs --found, and --ranks null needs --null")
     if args.ranks and "--resume" not in flags:
+        flags += ["--ranks_from", f"{args.found} ({args.ranks})"]
         settings, _ = train.parse(flags)
-        ranks = ranks_of_kind(args, settings.seed)
+        with cli.one_line_errors():
+            ranks = ranks_of_kind(args, settings.seed)
         checkpoint.read_ranks = lambda path, base: ranks
-        flags += ["--ranks_from", args.found]
     if args.layer:
         train.METHODS["lora"] = replace(train.METHODS["lora"], layer=LAYERS[args.layer])
     if args.permute_labels:

@@ -11,7 +11,8 @@ The LoRA paper's run on E2E: download its data, and score a checkpoint as the pa
 references: BLEU (by sacrebleu), NIST, the share of slot values that the text mentions and, if
 pycocoevalcap and Java are installed, METEOR, ROUGE-L and CIDEr. It also measures the loss on 400
 held-out rows and, with --text, on held-out windows of a plain text. It prints a table with the
-paper's row, and writes the numbers and the texts to out/e2e-test.json.
+paper's row, and writes the numbers and the texts to out/e2e-test.json, or with --untrained, which
+scores the base model, to out/e2e-untrained.json.
 """
 import hashlib
 import http.client
@@ -163,9 +164,10 @@ def generate(run, prompts, args):
 
 
 def in_transformers(gpt):
-    """The same weights as transformers' GPT-2, which has beam search. Merges the adapters."""
+    """The same weights as transformers' GPT-2, which has beam search. Adapters are merged in
+    float32."""
     import transformers
-    merge_into_base(gpt)
+    merge_into_base(gpt.float())
     c = gpt.config
     config = transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size,
                                      n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
@@ -219,11 +221,11 @@ def score(args):
     run = Measured(args.checkpoint, args.base, args.alpha, args.device)
     if not args.untrained:
         checkpoint.restore(run.saved, run.model)
-    found = {"mean.loss": run.loss([str(args.data)], 400)}
+    found = {"mean.loss": run.loss(run.load([str(args.data)], 400))}
     if not math.isfinite(found["mean.loss"]):
         raise ValueError(f"{args.checkpoint}: the loss on {args.data} is {found['mean.loss']}")
     if args.text:
-        found["text.loss"] = run.loss([args.text], 400, WINDOW)
+        found["text.loss"] = run.loss(run.load([args.text], 400, WINDOW))
     if prompts:
         found["decoding"] = decoding(args)
         texts = generate(run, prompts, args)
@@ -243,14 +245,16 @@ def check_arguments(args, n_prompts):
     path = result_path(args)
     try:
         earlier = json.loads(path.read_text())
-        n_earlier = len(earlier.get("texts", []))
+        texts = earlier.get("texts", [])
     except FileNotFoundError:
         return
     except (OSError, ValueError, AttributeError) as e:
         raise ValueError(f"{path} is not an earlier result ({e}): pass another --out") from None
-    if n_earlier > n_prompts or n_earlier and earlier["decoding"] != decoding(args):
-        raise ValueError(f"{path} already has {n_earlier} texts by {earlier['decoding']}: pass "
-                         "another --out, or move it away")
+    if "mean.exact" in earlier:
+        raise ValueError(f"{path} contains other results, by measure.py: pass another --out")
+    if len(texts) > n_prompts or texts and earlier.get("decoding") != decoding(args):
+        raise ValueError(f"{path} already has {len(texts)} texts by {earlier.get('decoding')}: "
+                         "pass another --out, or move it away")
 
 
 def write_result(args, found):

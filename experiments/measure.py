@@ -27,6 +27,8 @@ WEIGHTS = (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 
 def test_rows(name):
     """Rows of a task of the mixture that occur in neither of its two parts."""
+    if name not in MIXTURE:
+        raise ValueError(f"{name} has no test rows: choose a run on {' '.join(MIXTURE)}")
     train, valid = builtin(name)
     if name == "facts":
         return valid
@@ -59,12 +61,16 @@ class Measured:
     def evaluate(self, tasks):
         return evaluate(self.model, tasks, self.settings, self.device)
 
-    def loss(self, names, rows, block_size=None):
-        """The mean loss over tasks, on `rows` validation rows of each."""
+    def load(self, names, rows, block_size=None):
+        """The tasks, with `rows` validation rows each."""
         block_size = block_size or self.settings.block_size
         tasks = data.load(names, self.tok, block_size, eval_rows=1_000_000)
         for task in tasks:
             task.valid = every_nth(task.valid, rows)
+        return tasks
+
+    def loss(self, tasks):
+        """The mean loss over tasks, on their validation rows."""
         return mean(r["loss"] for r in self.evaluate(tasks).values())
 
     def test(self, names):
@@ -87,21 +93,22 @@ def measure(path, skills=False, text=None):
     checkpoint.restore(run.saved, run.model)
     row = run.test(MIXTURE if run.settings.data == ["mixture"] else run.settings.data)
     if text:
-        row["text.loss"] = run.loss([text], 50, WINDOW)
+        row["text.loss"] = run.loss(run.load([text], 50, WINDOW))
     if skills:
-        row["skills.loss"] = run.loss(["skills"], 100)
+        row["skills.loss"] = run.loss(run.load(["skills"], 100))
     return row
 
 
 def measure_sum(paths):
     """The sum of these runs' adapters, on the mixture."""
     run = Measured(paths[0])
+    tasks = data.load(["mixture"], run.tok, run.settings.block_size, run.settings.eval_rows)
     adapters = [checkpoint.open_run(path)[0]["adapter"] for path in paths]
 
     def loss_with(weight):
         state = adapter_state.combine(adapters, [weight] * len(adapters))
         adapter_state.load_state_dict(run.model, state)
-        return run.loss(["mixture"], run.settings.eval_rows)
+        return run.loss(tasks)
 
     best = min(WEIGHTS, key=loss_with)
     loss_with(best)                             # the model has this weight again
@@ -124,6 +131,8 @@ def main(argv=None):
 
 
 def write(path, row):
+    if path.exists() and "mean.exact" not in json.loads(path.read_text()):
+        raise ValueError(f"{path} contains other results, by e2e.py: move it away")
     path.write_text(json.dumps(row, indent=1) + "\n")
     print(f"{path}: loss {row['mean.loss']:.3f}, exact match {row['mean.exact']:.3f}")
 

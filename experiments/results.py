@@ -1,7 +1,8 @@
 """
 The files in experiments/results: how runs.py writes them, and how claims.py and pages.py read them.
 
-    nano_runs.csv, ...          a row for each finished run; measure.py has measured test.*
+    nano_runs.csv, ...          a row for each finished run; test.* was measured by measure.py on the
+                                test set, or by e2e.py (losses on validation rows)
     STUDY.csv                   a row for each matrix that analyze.py studied
     STUDY_pairs.csv             φ of two runs, for each matrix; `checkpoint` names both groups
     STUDY_intruders.csv         intruder dimensions, mean over a run's matrices
@@ -154,6 +155,8 @@ def collect(folder, path):
     """Write a row for each finished run in a folder of checkpoints, and for each sum of adapters
     that was measured there."""
     from support import checkpoint
+    if any(folder.glob("*-score.json")):
+        raise ValueError(f"{folder} has results of an earlier version (*-score.json): move it away")
     rows = []
     for file in sorted(folder.glob("*.pt")):
         saved, settings = checkpoint.open_run(file)

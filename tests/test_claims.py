@@ -72,9 +72,23 @@ def test_every_run_that_a_claim_names_is_in_the_grid():
     grid = runs.read_grid(["nano", "e2e", "mixture"])
     groups = {row["group"] for row in grid.values()}
     for test in claims.tests():
-        if test.claim["measure"].startswith("loss"):
+        if test.claim[test.setting].startswith("loss "):
             for name in test.names:
                 assert name in {*groups, "skills", "text"}, test.claim["claim"]
+
+
+def test_losses_on_a_task_and_in_nats(made_up):
+    made_up("nano_runs.csv", [
+        {"name": "a-seed0", "test.mean.loss": 1.0, "test.skills.loss": math.exp(2.0)},
+        {"name": "b-seed0", "test.mean.loss": math.e, "test.skills.loss": math.exp(5.0)}])
+    made_up("smollm_runs.csv", [{"name": "a-seed0", "test.mean.loss": 1.0, "test.text.loss": 3.0},
+                                {"name": "b-seed0", "test.mean.loss": 1.5, "test.text.loss": 7.0}])
+    for setting, task, effect, delta in (("nano", "mean", 1, 0.1), ("nano", "skills", 3, 0.1),
+                                         ("e2e", "mean", 0.5, 0.01), ("e2e", "text", 4, 0.01),
+                                         ("mixture", "mean", math.log(1.5), 0.1),
+                                         ("mixture", "text", 4, 0.01)):
+        found = claims.loss(setting, "a", "b", task)
+        assert found.effects() == pytest.approx([effect]) and found.delta == delta
 
 
 # From made-up results ----------------------------------------------------------------------------
