@@ -338,7 +338,7 @@ def test_parameters_are_not_counted_as_saved_for_the_backward_pass():
 
     class Candidate:
         def losses(self):
-            return [model(torch.ones(1, 100)).sum()]
+            return [model(torch.ones(1, 100, requires_grad=True)).sum()]
 
     candidate = Candidate()
     candidate.model = model
