@@ -88,7 +88,6 @@ def loop(run, gradients, steps):
     settings = run.settings
     history = run.history
     progress = cli.Progress(run.phase, run.step, steps)
-    run.tokens = 0
     run.model.train()
     for step in range(run.step, steps):
         if step > 0 and step % settings.eval_every == 0:
@@ -109,7 +108,7 @@ def loop(run, gradients, steps):
                 beta = torch.stack([b.detach().cpu() for b in run.beta])    # (matrices, k)
                 history["beta"].append((run.step, beta))
         run.stop_if_any(signals)
-        progress.show(run.step, loss, run.tokens)
+        progress.show(run.step, loss)
 
 
 def training_gradients(run, step):
@@ -139,7 +138,6 @@ def loss_parts(run, row, step):
     rng = random.Random(f"{settings.seed} {run.phase} {step} {distributed.process_index()}")
     torch.manual_seed(rng.getrandbits(60))
     batch = [row(i) for i in range(step * settings.batch_size, (step + 1) * settings.batch_size)]
-    run.tokens += sum(len(r.ids) - 1 for r in batch)
     batch_tokens = sum(r.n_target_tokens for r in batch)
     own = distributed.share(batch)
     for rows in data.batches(own, len(own) // settings.grad_accum):
@@ -174,7 +172,6 @@ class Run:
         self.row = data.stream(self.tasks, settings.seed)
         self.phase = "train"
         self.step = 0
-        self.tokens = 0                         # that the present loop has read
         self.before = None
         self.after = None
         self.samples = []

@@ -87,12 +87,13 @@ class Progress:
         self.steps = steps
         self.began = time.monotonic()
 
-    def show(self, done, loss, tokens):
-        """Call it after step `done`; `tokens` counts the tokens since the first step."""
+    def show(self, done, loss):
+        """Call it after step `done`."""
         seconds = max(time.monotonic() - self.began, 1e-9)
-        left = round(seconds / (done - self.first) * (self.steps - done))
+        speed = (done - self.first) / seconds
+        left = round((self.steps - done) / speed)
         text = (f"{self.name} {done:>{len(str(self.steps))}}/{self.steps}  loss {loss:7.4f}  "
-                f"{tokens / seconds:9,.0f} tokens/s  {left // 60:3}:{left % 60:02} left")
+                f"{speed:7.2f} steps/s  {left // 60:3}:{left % 60:02} left")
         last = done == self.steps
         if sys.stdout.isatty():
             width = shutil.get_terminal_size().columns - 1

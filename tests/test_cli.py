@@ -104,12 +104,12 @@ def test_progress_is_ten_lines_in_a_file_and_one_line_on_a_terminal(monkeypatch,
     def run():
         progress = cli.Progress("train", 4, 40)         # resumed after step 4
         for step in range(5, 41):
-            progress.show(step, torch.tensor(1.25), tokens=600 * (step - 4))
+            progress.show(step, torch.tensor(1.25))
         return capsys.readouterr().out
 
     lines = run().splitlines()
     assert [line.split()[1] for line in lines] == [f"{step}/40" for step in range(8, 41, 4)]
-    assert lines[0] == "train  8/40  loss  1.2500        300 tokens/s    1:04 left"
+    assert lines[0] == "train  8/40  loss  1.2500     0.50 steps/s    1:04 left"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     for columns in (80, 40):                            # a longer line would be wrapped
         monkeypatch.setenv("COLUMNS", str(columns))
@@ -122,7 +122,7 @@ def test_progress_is_ten_lines_in_a_file_and_one_line_on_a_terminal(monkeypatch,
 def test_progress_with_a_clock_that_does_not_advance(monkeypatch, capsys):
     """Some clocks tick only every 16 ms. (A clock that is set back is not used.)"""
     monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: 100.0))
-    cli.Progress("train", 0, 10).show(1, torch.tensor(1.25), tokens=600)
+    cli.Progress("train", 0, 10).show(1, torch.tensor(1.25))
     assert capsys.readouterr().out.startswith("train  1/10  loss  1.2500")
 
 
