@@ -1,13 +1,13 @@
 """
-What the methods cost, compared with full fine-tuning, with the LoRA layers of peft and loralib, and
-with peft on transformers' GPT-2: a training step and a forward pass, with the same weights and
-batch in one process.
+Compare the cost of the methods with that of full fine-tuning, of the LoRA layers of peft and
+loralib, and of peft on transformers' GPT-2: a training step and a forward pass, with the same
+weights and batch in one process.
 
     python experiments/bench.py                     # ten minutes on two cores
     python experiments/bench.py --n_layer 24 --n_embd 1024 --vocab_size 50257 --batch 8 512
 
-Every round times each candidate once, so that a machine whose speed drifts slows all of them. A
-ratio is taken within a round; its median is reported with the quartiles. The numbers are written to
+Each round times every candidate once, so that drift in the machine's speed affects all of them.
+Ratios are taken within a round; their median and quartiles are reported. The numbers are written to
 experiments/results/bench_{cpu,cuda}.json.
 """
 import argparse
@@ -220,7 +220,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--rounds", type=int, default=40, help="of one step of each (default %(default)s)")
+    add("--rounds", type=int, default=40, help="how often each is timed (default %(default)s)")
     add("--n_layer", type=int, default=4)
     add("--n_embd", type=int, default=768)
     add("--vocab_size", type=int, default=5000, help="(default %(default)s; GPT-2: 50257)")

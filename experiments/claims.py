@@ -59,7 +59,7 @@ class Comparison:
     delta: float
     smaller: bool = True
     unit: str = "seeds"
-    transform: object = None            # the values are shown, and compared after it
+    transform: object = None            # applied before the comparison; means are without it
 
     def units(self):
         return sorted(self.ours.keys() & self.control.keys())
@@ -83,9 +83,9 @@ class Test:
     """A claim in one setting: what is compared, and the outcome."""
     claim: dict
     setting: str
-    names: list                         # of what is compared: ["lora", "full"]
+    names: list                         # what is compared: ["lora", "full"]
     comparison: Comparison
-    n: int                              # units: 0 if it was not run yet, and then p is 1
+    n: int                              # number of units; 0 if not run yet (then p is 1)
     effect: float
     low: float
     high: float
@@ -102,7 +102,7 @@ class Test:
 def judge(kind, comparison):
     """
     {"n": number of units, "effect": ..., "low": ..., "high": ..., "p": ..., "verdict": ...}. p is
-    two-sided: of an effect of 0, for "no worse" of −δ, for "equal" of the nearer of ±δ.
+    two-sided and tests an effect of 0 (for "no worse" −δ, for "equal" the nearer of ±δ).
     """
     effects = comparison.effects()
     delta = comparison.delta
@@ -227,12 +227,12 @@ def relative_concentration(setting, *names):
 
 
 def constant(values, number):
-    """This number for the same units."""
+    """{unit: number}, the same number for every unit of `values`."""
     return dict.fromkeys(values, float(number))
 
 
 def pair_phi(setting, low, high, which, **wanted):
-    """{first seed: mean over the matrices} of φ of two groups; `which`: a column as input.first."""
+    """{first seed: mean over the matrices} of φ of two groups; `which` is a column: "input.first"."""
     return study(f"{MODEL[setting]}_subspaces_pairs.csv", f"{low} and {high}", which, **wanted)
 
 

@@ -1,22 +1,22 @@
 """
-train.py with one thing changed, for controls that have no flag of their own there.
+train.py with one change, for controls that have no flag in train.py.
 
     python experiments/controls.py --layer learned-s --rank 8 --out out/a.pt
     python experiments/controls.py --ranks uniform --found out/autolora.pt --seed 0 --out out/b.pt
 
---layer learned-s       LoRA whose α/r is learned: one of MultiLoRA's changes alone
---layer random-b        LoRA whose B is initialised like A: another of them
---layer fixed-scale     LoRA whose scale is α/8 for any rank: AutoLoRA's ranks change α/r as well
---permute_labels        AutoLoRA whose β is fitted to rows with permuted labels: a null search
---ranks KIND            LoRA with the number of parameters of the run FOUND, and
-    uniform             the same rank everywhere, up to a remainder
+--layer learned-s       LoRA whose α/r is learned: the first of MultiLoRA's changes alone
+--layer random-b        LoRA whose B is initialised like A: the second of them alone
+--layer fixed-scale     LoRA with the scale α/8 at every rank, so that the rank does not change it
+--permute_labels        AutoLoRA with permuted labels in the rows for β: a search without a signal
+--ranks KIND            LoRA with the same number of parameters as the run FOUND, and these ranks:
+    uniform             the same rank everywhere, or one more where parameters are left
     random              random ranks from 1 to k
     shuffled            the ranks found, shuffled among the matrices of one shape
-    chance              the ranks that a search with an untrained β finds, about k/2
-    null                the ranks of another run, NULL
+    chance              the ranks that an untrained β would give, about k/2
+    null                the ranks of NULL, a search with --permute_labels
 
-All but the shuffled ranks are raised or lowered at random until their parameters fit. Every other
-flag goes to train.py.
+Ranks other than the shuffled ones are raised or lowered at random until the number of parameters
+fits. Every other flag goes to train.py.
 """
 import math
 import random
@@ -146,7 +146,7 @@ def main(argv=None):
     p.add_argument("--null", help="another one, for --ranks null")
     args, flags = p.parse_known_args(argv)
     if args.ranks and not args.found or args.ranks == "null" and not args.null:
-        p.error(f"--ranks {args.ranks} also needs --found, and --ranks null needs --null")
+        p.error("--ranks needs --found, and --ranks null also needs --null")
     if args.ranks and "--resume" not in flags:
         flags += ["--ranks_from", f"{args.found} ({args.ranks})"]
         settings, _ = train.parse(flags)

@@ -193,13 +193,13 @@ def beam_search(model, prompts, max_new_tokens, stop, n_beams=10, length_penalty
 
 @torch.inference_mode()
 def by_transformers(model, prompts, max_new_tokens, stop=None, **options):
-    """What a model of transformers adds to prompts, lists of ids of any length, before `stop`.
-    Raises ValueError if this is too long for it."""
+    """What a transformers model adds to each prompt (a list of ids), up to `stop`, as lists of ids.
+    Raises ValueError if a prompt and the new tokens exceed the model's context."""
     longest = max(map(len, prompts))
     block_size = model.config.max_position_embeddings
     if longest + max_new_tokens > block_size + 1:           # the last new token is never read
         raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the "
-                         f"model's block of {block_size}")
+                         f"model's context of {block_size} tokens: shorten the prompt")
     idx = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     rows = model.eval().generate(idx.to(model.device), attention_mask=mask.to(model.device),
@@ -251,7 +251,7 @@ def check_arguments(args, n_prompts):
     except (OSError, ValueError, AttributeError) as e:
         raise ValueError(f"{path} is not an earlier result ({e}): pass another --out") from None
     if "mean.exact" in earlier:
-        raise ValueError(f"{path} contains other results, by measure.py: pass another --out")
+        raise ValueError(f"{path} contains results of measure.py: pass another --out")
     if len(texts) > n_prompts or texts and earlier.get("decoding") != decoding(args):
         raise ValueError(f"{path} already has {len(texts)} texts by {earlier.get('decoding')}: "
                          "pass another --out, or move it away")

@@ -63,7 +63,7 @@ def forest(tests):
     ax.axvline(0, color="#555555", linewidth=0.8, zorder=1)
     ax.set(yticks=[], xlim=(-LIMIT, LIMIT), ylim=(y, -0.2))
     ax.set_xlabel("effect in the direction of the claim and 95 % interval, in units of δ\n"
-                  "gray band: ±δ, the smallest effect of interest; triangle: outside the axis",
+                  "grey band: ±δ, the smallest effect of interest; triangle: outside the axis",
                   fontsize=8.5)
     for verdict, color in COLORS.items():
         ax.plot([], [], "-", linewidth=3, color=color, label=verdict)
@@ -160,7 +160,7 @@ def forgetting():
         for rate, *point in points:
             ax.annotate(f"{rate:g}", point, fontsize=7, xytext=(4, 3), textcoords="offset points")
     ax.margins(0.12)
-    ax.set(xlabel="loss on the new task (test set)", ylabel="loss on the base's skills")
+    ax.set(xlabel="loss on the new task (test set)", ylabel="loss on pretraining skills")
     ax.legend(frameon=False, fontsize=8, title="each point: one learning rate", title_fontsize=8)
     return fig
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The LoRA paper's run of GPT-2 medium on E2E and its studies, for one GPU and a network. It has not
-# been run at this size yet.
+# The LoRA paper's run of GPT-2 medium on E2E and its studies, for one GPU with internet access. It
+# has not been run at this size yet.
 #
 #     experiments/gpt2_medium.sh
 #
-# downloads E2E and the adapter that the LoRA authors trained, makes the runs of runs.csv with the
-# setting `medium`, and compares their time and memory with those of peft and loralib. The runs are
-# LoRA of rank 4 on q and v with the settings of the paper's table 11 (the run `e2e`), rank 8 and
-# rank 64 with two seeds each for figures 3 and 4, MultiLoRA, AutoLoRA and full fine-tuning, whose
-# learning rates are not tuned. Each is scored by beam search. An interrupted script continues where
-# it stopped. Checkpoints are written to out/medium, numbers and tables to experiments/results, and
-# the comparison with the authors' adapter to out/medium/side-by-side.
+# The script downloads E2E and the LoRA authors' adapter, starts the `medium` runs of runs.csv, and
+# compares their time and memory with those of peft and loralib. The runs are LoRA of rank 4 on q
+# and v with the hyperparameters of the paper's table 11 (the run `e2e`), rank 8 and rank 64 with
+# two seeds each for figures 3 and 4, and MultiLoRA, AutoLoRA and full fine-tuning with untuned
+# learning rates. Each is scored by beam search. An interrupted script continues where it stopped.
+# Checkpoints are written to out/medium, numbers and tables to experiments/results, and the
+# comparison with the authors' adapter to out/medium/side-by-side.
 #
 # TINY=1 rehearses it on a CPU in minutes, without a network: nano, a few steps, invented rows.
 set -euo pipefail

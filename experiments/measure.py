@@ -1,14 +1,14 @@
 """
-Measure runs on the built-in tasks on the test set: rows that were never used for tuning.
+Measure runs on the built-in tasks, on a test set of rows that were never used for tuning.
 
     python experiments/measure.py out/nano/lora-seed0.pt            # writes lora-seed0-test.json
     python experiments/measure.py out/nano/lora-instruct-seed0.pt --skills
     python experiments/measure.py --sum out/sum.json out/nano/lora-{arith,infer}-seed0.pt
 
-The test set has 200 rows of each task that are neither training nor validation rows; `facts` has
-its training rows, because it asks for what it has taught. --skills adds the loss on the base's own
-skills, --text that on held-out windows of a plain text; both measure forgetting. --sum measures the
-sum of several adapters, Σ w ΔW, with the one weight w that has the lowest loss on validation rows.
+The test set has 200 rows of each task that are neither training nor validation rows; for `facts`,
+it has the training rows, because this task asks for what was taught. --skills adds the loss on the
+base model's skills, --text the loss on held-out windows of a plain text: both measure forgetting.
+--sum measures the sum of several adapters, Σ w ΔW, with the weight w of lowest validation loss.
 """
 import json
 import random
@@ -117,10 +117,10 @@ def measure_sum(paths):
 
 def main(argv=None):
     p = cli.parser(__doc__, "python experiments/measure.py CKPT ... [options]")
-    p.add_argument("checkpoints", nargs="+", type=Path, metavar="CKPT", help="of train.py")
-    p.add_argument("--skills", action="store_true", help="add the loss on the base's own skills")
+    p.add_argument("checkpoints", nargs="+", type=Path, metavar="CKPT", help="runs of train.py")
+    p.add_argument("--skills", action="store_true", help="add the loss on the base model's skills")
     p.add_argument("--text", metavar="FILE", help="add the loss on held-out windows of a .txt file")
-    p.add_argument("--sum", type=Path, metavar="JSON", help="measure the sum, and write it here")
+    p.add_argument("--sum", type=Path, metavar="JSON", help="write the measures of their sum here")
     args = p.parse_args(argv)
     with cli.one_line_errors():
         if args.sum:
@@ -132,7 +132,7 @@ def main(argv=None):
 
 def write(path, row):
     if path.exists() and "mean.exact" not in json.loads(path.read_text()):
-        raise ValueError(f"{path} contains other results, by e2e.py: move it away")
+        raise ValueError(f"{path} contains results of e2e.py: move it away")
     path.write_text(json.dumps(row, indent=1) + "\n")
     print(f"{path}: loss {row['mean.loss']:.3f}, exact match {row['mean.exact']:.3f}")
 

@@ -164,7 +164,7 @@ def missing_runs():
 
 # Methods, ranks and targets ----------------------------------------------------------------------
 
-NANO_COLUMNS = {"trained": ("parameters", 0), "loss": ("test.mean.loss",),
+NANO_COLUMNS = {"trained parameters": ("parameters", 0), "loss": ("test.mean.loss",),
                 "exact match": ("test.mean.exact",)}
 
 
@@ -172,7 +172,7 @@ def methods():
     """The front page's table of the methods."""
     columns = {task: (f"test.{task}.exact",) for task in TASKS}
     columns |= {"mean": ("test.mean.exact",), "loss": ("test.mean.loss",),
-                "trained": ("parameters", 0)}
+                "trained parameters": ("parameters", 0)}
     return runs_table(("exact match on nano",), METHODS.items(), columns, NANO)
 
 
@@ -192,7 +192,7 @@ def targets():
         losses = smollm.get(smollm_name)
         lines.append((label, rank, spread(nano[name].values()), smollm_rank,
                       spread(losses.values()) if losses else ""))
-    return table(("LoRA on", f"nano, seeds 0 to {max(nano['full'])}: rank", "loss",
+    return table(("LoRA's targets", f"nano, seeds 0 to {max(nano['full'])}: rank", "loss",
                   f"SmolLM2 on E2E, seeds 0 to {max(smollm['full'])}: rank", "loss"), lines)
 
 
@@ -239,8 +239,8 @@ def learning_rates():
 
 
 def smollm_e2e():
-    columns = {"learning rate": ("lr", None), "trained": ("parameters", 0)}
-    before = ["before the training", "", ""]
+    columns = {"learning rate": ("lr", None), "trained parameters": ("parameters", 0)}
+    before = ["before training", "", ""]
     base = results.runs("lora", SMOLLM)[0]
     for head, measure, *format in (("loss", "mean.loss"), ("BLEU", "bleu", 1),
                                    ("slots named, %", "slots", 1, 100),
@@ -280,7 +280,8 @@ def found_ranks():
         both = common_losses("nano", (ours, name))
         lines.append((label, spread(column(name, "parameters", NANO).values(), 0), len(both[name]),
                       spread(both[name].values()), spread(both[ours].values())))
-    return table(("control on nano", "trained", "seeds", "its loss", "loss of the ranks found"),
+    return table(("control on nano", "trained parameters", "seeds", "control's loss",
+                  "loss of the ranks found"),
                  lines)
 
 
@@ -325,7 +326,7 @@ def forgetting():
         lines.append((run["method"], f"{run['lr']:g}", run.get("rank", ""), len(values[0]),
                       *(spread(found.values()) for found in values)))
     return table(("method", "learning rate", "rank", "seeds", "loss on instruct", "loss on skills",
-                  "intruders", "of a Gaussian ΔW"), lines)
+                  "intruders", "intruders, Gaussian ΔW"), lines)
 
 
 # Adapters trained by others, sweeps, time --------------------------------------------------------
@@ -379,7 +380,7 @@ def training_steps():
     lines = []
     for name, row in read_json("bench_cpu.json")["training"].items():
         lines.append((name, f"{row['parameters']:,}", *ratio(row), f"{row['saved_MB']:.0f}"))
-    return table(("a training step", "trained", "time / LoRA's", "quartiles",
+    return table(("a training step", "trained parameters", "time / LoRA's", "quartiles",
                   "saved for backward, MB"), lines)
 
 

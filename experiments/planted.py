@@ -77,7 +77,7 @@ def search(seed, steps, how="forward", beta_lr=0.01, rows=512, gate="softmax", e
 def main(argv=None):
     p = cli.parser(__doc__, "python experiments/planted.py [options]")
     p.add_argument("--seeds", type=int, default=20, help="number of seeds (default %(default)s)")
-    p.add_argument("--steps", type=int, default=STEPS[-1], help="of each (default %(default)s)")
+    p.add_argument("--steps", type=int, default=STEPS[-1], help="per search (default %(default)s)")
     p.add_argument("--out", type=Path, default=results.RESULTS / "planted.csv")
     args = p.parse_args(argv)
     rows = []

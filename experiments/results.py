@@ -1,8 +1,8 @@
 """
 The files in experiments/results: how runs.py writes them, and how claims.py and pages.py read them.
 
-    nano_runs.csv, ...          a row for each finished run; test.* was measured by measure.py on the
-                                test set, or by e2e.py (losses on validation rows)
+    nano_runs.csv, ...          a row for each finished run; measure.py has measured test.* on the
+                                test set, or e2e.py (whose losses are on validation rows)
     STUDY.csv                   a row for each matrix that analyze.py studied
     STUDY_pairs.csv             φ of two runs, for each matrix; `checkpoint` names both groups
     STUDY_intruders.csv         intruder dimensions, mean over a run's matrices
@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 RESULTS = ROOT / "experiments" / "results"
-EPSILON = 0.6           # a vector with no cosine of 0.6 to any of W's is an intruder
-# Settings that all runs have, and those that some methods have
+EPSILON = 0.6           # all cosines of an intruder with singular vectors of W are below this
+# train.py's flags that all runs have, and those that only some methods have
 COMMON = "method model data seed lr steps batch_size".split()
 OWN = "targets rank n_blocks scaling search_steps hypergrad beta_lr".split()
 
@@ -110,7 +110,7 @@ def study(file, name, measure, over=None, **wanted):
 
 
 def deviation(values):
-    """The standard deviation; 0 of a single value."""
+    """The standard deviation; 0 for a single value."""
     return stdev(values) if len(values) > 1 else 0.0
 
 
@@ -131,7 +131,7 @@ def write_csv(rows, path):
 
 
 def update_csv(rows, path, key):
-    """The same, but rows of an earlier file remain unless a new row has the same `key` columns."""
+    """Like write_csv, but keep the earlier rows unless a new row has the same `key` columns."""
     new = {tuple(cell(row[name]) for name in key) for row in rows}
     old = []
     if path.exists():
@@ -143,7 +143,7 @@ def update_csv(rows, path, key):
 
 
 def cell(value):
-    """As text: lists with spaces in between, numbers with six digits."""
+    """A value as text: lists joined by spaces, floats with six significant digits."""
     if isinstance(value, list):
         return " ".join(map(cell, value))
     if isinstance(value, float):

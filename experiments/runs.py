@@ -1,6 +1,6 @@
 """
-Run the experiments: GNU make runs the missing runs of runs.csv, the grid of all runs. studies.csv
-has the calls of analyze.py that follow.
+Run the experiments. runs.csv is the grid of all runs; GNU make starts those that are missing. Then
+the calls of analyze.py in studies.csv follow.
 
     python experiments/runs.py nano                         # four to five hours on two cores
     python experiments/runs.py nano lora full --seeds 4     # some groups, such as a claim's
@@ -10,11 +10,11 @@ has the calls of analyze.py that follow.
     python experiments/runs.py nano --quick                 # rehearse everything on a small scale
 
 Each group of runs.csv is trained with several seeds, and with several learning rates if the table
-gives them. Checkpoints and logs are written to out/NAME and the numbers to out/NAME/results, for
-claims.py. --results experiments/results adds them to the published CSV files, in place of older
-rows of the same runs; printed tables and figures are then those of the runs in out/NAME. A file
-RUN.done marks what has finished: an interrupted call continues there, and unfinished runs resume
-from their checkpoints. RUN.commit contains the commit of the code.
+gives them. Checkpoints and logs are written to out/NAME, the numbers to out/NAME/results, which
+claims.py --results reads. With --results experiments/results, the numbers replace those of the same
+runs in the published CSV files; printed tables and figures then show only the runs in out/NAME. A
+file RUN.done marks what has finished: an interrupted call continues there, and unfinished runs
+resume from their checkpoints. RUN.commit contains the commit of the code.
 """
 import argparse
 import csv
@@ -201,13 +201,13 @@ def parse(argv):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("experiment", choices=SETTINGS)
     p.add_argument("groups", nargs="*", default=["*"], help="names or patterns (default: all)")
-    p.add_argument("--seeds", type=int, help="at most this many of each group (default: all)")
+    p.add_argument("--seeds", type=int, help="at most this many seeds of each group (default: all)")
     p.add_argument("--list", action="store_true", help="print the commands and run nothing")
     p.add_argument("--quick", action="store_true", help="two seeds and a few steps")
-    p.add_argument("--jobs", type=int, default=2, help="at a time (default %(default)s)")
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time (default %(default)s)")
     p.add_argument("--shared", type=Path, default="../shared",
                    help="folder with data/, text/, adapters/ and gpt2/ (default %(default)s)")
-    p.add_argument("--results", type=Path, help="folder (default out/EXPERIMENT/results)")
+    p.add_argument("--results", type=Path, help="output folder (default out/EXPERIMENT/results)")
     args = p.parse_args(argv)
     if args.quick:
         args.seeds = min(args.seeds or 2, 2)

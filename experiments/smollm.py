@@ -52,7 +52,8 @@ def from_file(kind):
 
 
 class Head(nn.Linear):
-    """The head shares its weight with the embedding. --targets all would adapt an nn.Linear."""
+    """The head shares its weight with the embedding. It is not a plain nn.Linear, so that
+    --targets all does not adapt it."""
 
 
 class SmolLM(nn.Module):
@@ -67,8 +68,8 @@ class SmolLM(nn.Module):
         self.config.n_embd = self.config.hidden_size
 
     def forward(self, idx, targets=None, label_smoothing=0.0):
-        """(logits, loss). With targets, only the logits of the tokens that count are computed,
-        which saves time; the others are zero, or in training left out."""
+        """(logits, loss). With targets, logits are computed only for the tokens that count, which
+        saves time. The others are zero in evaluation and left out in training."""
         x = self.lm.model(idx, use_cache=False).last_hidden_state
         if targets is None:
             return self.lm.lm_head(x), None

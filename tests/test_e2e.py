@@ -266,7 +266,7 @@ def test_a_result_with_other_texts_is_not_replaced(run, capsys):
     assert "texts" not in json.loads((run / "out" / "losses.json").read_text())
     assert "not an earlier result" in failure([*command, "--out", "out"], capsys)
     (run / "out" / "test.json").write_text('{"mean.loss": 1, "mean.exact": 0.5}')
-    assert "by measure.py" in failure([*command, "--out", "out/test.json"], capsys)
+    assert "results of measure.py" in failure([*command, "--out", "out/test.json"], capsys)
 
 
 def test_text_must_be_a_text_file(run, capsys):
@@ -327,7 +327,7 @@ def test_transformers_gets_the_adapted_model():
     short, long = [e2e.beam_search(theirs, prompts, 12, greedy[0][5], length_penalty=penalty)
                    for penalty in (-5, 5)]
     assert sum(map(len, short)) < sum(map(len, long))
-    with pytest.raises(ValueError, match="4 tokens and 62 new ones exceed the model's block of 64"):
+    with pytest.raises(ValueError, match="4 tokens and 62 new ones exceed the model's context of 64"):
         e2e.beam_search(theirs, prompts, 62, None)
     assert len(e2e.by_transformers(theirs, prompts, 61)[0]) == 61
 

@@ -283,7 +283,7 @@ def test_results_of_another_script_are_kept(folder, tmp_path):
     measure.write(path, {"mean.loss": 2, "mean.exact": 0})              # its own may be repeated
     assert json.loads(path.read_text())["mean.loss"] == 2
     path.write_text('{"mean.loss": 1, "texts": {}}')
-    with pytest.raises(ValueError, match="other results"):
+    with pytest.raises(ValueError, match="results of e2e.py"):
         measure.write(path, {"mean.loss": 1, "mean.exact": 0})
 
 
