@@ -232,7 +232,7 @@ def constant(values, number):
 
 
 def pair_phi(setting, low, high, which, **wanted):
-    """{first seed: mean over the matrices} of φ of two groups; `which` is a column: "input.first"."""
+    """{first seed: mean over the matrices} of φ of two groups. `which` is a column of the table."""
     return study(f"{MODEL[setting]}_subspaces_pairs.csv", f"{low} and {high}", which, **wanted)
 
 
