@@ -192,8 +192,8 @@ def targets():
         losses = smollm.get(smollm_name)
         lines.append((label, rank, spread(nano[name].values()), smollm_rank,
                       spread(losses.values()) if losses else ""))
-    return table(("LoRA's targets", f"nano, seeds 0 to {max(nano['full'])}: rank", "loss",
-                  f"SmolLM2 on E2E, seeds 0 to {max(smollm['full'])}: rank", "loss"), lines)
+    return table(("LoRA's targets", "nano: rank", f"loss, seeds 0 to {max(nano['full'])}",
+                  "SmolLM2 on E2E: rank", f"loss, seeds 0 to {max(smollm['full'])}"), lines)
 
 
 def common_losses(setting, names):
@@ -294,10 +294,10 @@ def planted():
 
 
 SHARED = {                              # label: file, and pattern of the names of pairs
-    "nano: r8 and r64, two seeds": ("nano_subspaces", "lora-qv-r8 and lora-qv-r64"),
-    "nano: r64 and r64, two seeds": ("nano_subspaces", "lora-qv-r64 and *"),
-    "SmolLM2: r4 and r64, two seeds": ("smollm_subspaces", "lora-qv-r4 and lora-qv-r64"),
-    "SmolLM2: r64 and r64, two seeds": ("smollm_subspaces", "lora-qv-r64 and *"),
+    "nano, q and v: r8 and r64, two seeds": ("nano_subspaces", "lora-qv-r8 and lora-qv-r64"),
+    "nano, q and v: r64 and r64, two seeds": ("nano_subspaces", "lora-qv-r64 and *"),
+    "SmolLM2, q and v: r4 and r64, two seeds": ("smollm_subspaces", "lora-qv-r4 and lora-qv-r64"),
+    "SmolLM2, q and v: r64 and r64, two seeds": ("smollm_subspaces", "lora-qv-r64 and *"),
     "released GPT-2: r8, different tasks": ("adapters_gpt2", "gpt2-[!s]* and *"),
     "released GPT-2: r8, two runs on Shakespeare": ("adapters_gpt2", "gpt2-s* and *"),
 }
@@ -312,7 +312,7 @@ def shared_directions():
             for side in ("input", "output", "random"):
                 line.append(f"{mean(row[f'{side}.{which}'] for row in rows):.3f}")
         lines.append(line)
-    return table(("ΔW of LoRA", "pairs", "φ(1, 1): input", "output", "Gaussians",
+    return table(("ΔW of LoRA", "run pairs", "φ(1, 1): input", "output", "Gaussians",
                   "φ of all: input", "output", "Gaussians"), lines)
 
 
