@@ -22,7 +22,7 @@ def evaluate(model, tasks, settings, device):
     {task: {"loss": nats per token of its held-out completions, "exact": share of the completions
     that greedy decoding reproduces exactly}}. Plain text has no "exact". The processes share the
     work. model(idx, targets) must return the logits (B, T, V) and the loss. Nothing is generated:
-    greedy decoding reproduces a completion if each token is the most likely one after those before.
+    greedy decoding reproduces a completion if each of its tokens is the most likely next token.
     """
     was_training = model.training
     model.eval()

@@ -57,7 +57,7 @@ class FixedScale(lora.LoRALinear):
 
 LAYERS = {"learned-s": LearnedScale, "random-b": RandomB, "fixed-scale": FixedScale}
 adapter_state.LAYERS.update({layer.__name__: layer for layer in LAYERS.values()})
-split_for_search = data.split_for_search        # replaced below
+split_for_search = data.split_for_search        # the originals of what main replaces
 read_ranks = checkpoint.read_ranks
 
 
