@@ -205,6 +205,13 @@ def test_bleu_of_texts_with_different_numbers_of_references():
     assert text_scores.bleu_and_nist(["x", texts[1]], references)["bleu"] == pytest.approx(want)
 
 
+def test_invented_rows_have_three_texts_for_each_meaning(tmp_path):
+    e2e.main(["invent", str(tmp_path)])
+    train_part, valid, test = [e2e.read_references(tmp_path / f"{split}.jsonl") for split in e2e.ROWS]
+    assert [len(texts) for texts in test.values()] == [3] * 10
+    assert len({**train_part, **valid, **test}) == 30           # no file has another one's prompts
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """The folder of a run of two steps on a small data/e2e, in bytes."""
@@ -359,7 +366,8 @@ def test_a_text_repeats_no_4_gram_of_its_own_but_those_of_its_prompt(monkeypatch
     logits, _ = model(torch.arange(101)[:, None])
     likeliest = logits[:, 0].argmax(-1).tolist()
     greedy = [likeliest[5], likeliest[likeliest[5]]]
-    assert model.generate([[5], [1, 5]], 2) == [greedy, greedy] and model.training
+    assert model.generate([[5], [1, 5]], 2) == [greedy, greedy]
+    assert model.training and model.lm.training
 
 
 def test_every_command_has_valid_arguments():
